@@ -1,0 +1,100 @@
+"""Runs the marked tests of this folder in several processes.
+
+`pytest` starts the processes itself, one set for each world size, see
+`launcher.py`; each of them runs a pytest, see `worker.py`. Under `torchrun`
+this pytest is one of the processes already, see `process.py`.
+"""
+
+import os
+import pathlib
+
+import pytest
+
+from integration_tests import worlds
+
+HERE = pathlib.Path(__file__).parent
+IS_PROCESS = "WORLD_SIZE" in os.environ
+
+# Failing asserts in shared helpers show their values, as those in tests do.
+pytest.register_assert_rewrite("integration_tests.parity")
+
+
+# Last, when the terminal reporter is there: all ranks but one take it away.
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "world(*sizes): run in that many processes; a size each gives an item",
+    )
+    config.addinivalue_line(
+        "markers",
+        f"limit(seconds): end the case after that long, not "
+        f"{worlds.CASE_LIMIT} seconds",
+    )
+    if worlds.is_launched():
+        return
+    if IS_PROCESS:
+        from integration_tests.process import TorchrunProcess
+
+        plugin = TorchrunProcess()
+        config.pluginmanager.register(plugin, "process")
+        plugin.quieten(config)
+    else:
+        from integration_tests.launcher import Launcher
+
+        config.pluginmanager.register(Launcher(config), "launcher")
+
+
+def pytest_generate_tests(metafunc):
+    marker = metafunc.definition.get_closest_marker("world")
+    if marker is None:
+        return
+    # Every marked test has a world size, whether it asks for it or not.
+    if "world_size" not in metafunc.fixturenames:
+        metafunc.fixturenames.append("world_size")
+    sizes = worlds.sizes_of(marker)
+    metafunc.parametrize(
+        "world_size", sizes, ids=[f"world={size}" for size in sizes]
+    )
+
+
+def pytest_itemcollected(item):
+    # `-k world2` chooses a size; `-k` does not take the `=` of the item's name.
+    world = worlds.world_of(item)
+    if world is not None:
+        item.extra_keyword_matches.add(f"world{world}")
+
+
+def pytest_collection_modifyitems(items):
+    # One set of processes at a time, each started once.
+    items.sort(key=lambda item: worlds.world_of(item) or 0)
+    if not IS_PROCESS:
+        return
+    here = int(os.environ["WORLD_SIZE"])
+    for item in items:
+        world = worlds.world_of(item)
+        if world is None and HERE in item.path.parents:
+            reason = "runs without torchrun"
+        elif world not in (None, here):
+            reason = f"needs {world} processes, WORLD_SIZE is {here}"
+        else:
+            continue
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rank(request):
+    """The rank of this process."""
+    if worlds.world_of(request.node) is None:
+        pytest.fail("A test that asks for `rank` needs pytest.mark.world(n).")
+    return int(os.environ["RANK"])
+
+
+@pytest.fixture
+def tmp_path(request):
+    """A folder for this case, the same one on all its processes."""
+    if worlds.world_of(request.node) is None:
+        return request.getfixturevalue("tmp_path")
+    path = worlds.shared_folder() / worlds.folder_name(request.node.nodeid)
+    path.mkdir(parents=True, exist_ok=True)
+    return path

@@ -1,0 +1,124 @@
+"""What a program gives under a distribution, against one device.
+
+Both run in the same process: once without a distribution, once with it.
+"""
+
+import contextlib
+
+import numpy as np
+
+import keras
+from keras.src import tree
+
+SGD = "sgd"
+
+
+def layout_map(mesh, layouts):
+    """A `LayoutMap` of a dict."""
+    result = keras.distribution.LayoutMap(mesh)
+    for key, axes in layouts.items():
+        result[key] = axes
+    return result
+
+
+def model_parallel(
+    shape, layouts, axes=("batch", "model"), batch="batch", **kwargs
+):
+    """A `ModelParallel` over all processes.
+
+    Args:
+        shape: tuple, the sizes of the mesh axes.
+        layouts: dict from keys of a layout map to tuples of axis names.
+        axes: names of the mesh axes.
+        batch: name of the data axis.
+    """
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh(shape, axes, devices)
+    return keras.distribution.ModelParallel(
+        layout_map=layout_map(mesh, layouts), batch_dim_name=batch, **kwargs
+    )
+
+
+def train(
+    make_model,
+    x,
+    y,
+    distribution=None,
+    loss="mse",
+    steps=2,
+    optimizer=None,
+    metrics=None,
+    weighted_metrics=None,
+    **step_arguments,
+):
+    """Builds a model and trains it for a few steps on one batch.
+
+    Collective under a distribution: every process calls it.
+
+    Returns:
+        Dict of whole numpy arrays: `logs` of each step, `gradients` of the
+        first step, `weights` after the last, `predictions` before and after.
+    """
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(7)
+    scope = contextlib.nullcontext()
+    if distribution is not None:
+        scope = distribution.scope()
+    with scope:
+        model = make_model()
+        model.compile(
+            optimizer=optimizer() if optimizer else keras.optimizers.SGD(0.1),
+            loss=loss,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+        )
+        before = model.predict_on_batch(x)
+        logs, gradients = [], {}
+        for step in range(steps):
+            logs.append(
+                model.train_on_batch(x, y, return_dict=True, **step_arguments)
+            )
+            if not step:
+                gradients = {
+                    v.path: None
+                    if v.value.grad is None
+                    else keras.ops.convert_to_numpy(v.value.grad)
+                    for v in model.trainable_variables
+                }
+        after = model.predict_on_batch(x)
+        weights = {
+            v.path: keras.ops.convert_to_numpy(v) for v in model.variables
+        }
+    return {
+        "logs": logs,
+        "gradients": gradients,
+        "weights": weights,
+        "predictions": (before, after),
+    }
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    """Compares nested results, relative to the largest value of each array."""
+    tree.assert_same_structure(actual, expected)
+    paths = tree.flatten_with_path(expected)
+    for (path, want), got in zip(paths, tree.flatten(actual)):
+        if want is None or got is None:
+            assert want is None and got is None, path
+            continue
+        want, got = np.asarray(want), np.asarray(got)
+        assert want.shape == got.shape, (path, want.shape, got.shape)
+        if not want.size:
+            continue
+        scale = max(1e-2, float(np.abs(want).max()))
+        worst = float(np.abs(want - got).max()) / scale
+        assert worst <= tolerance, f"{path}: differs by {worst:.1e} (relative)"
+
+
+def assert_parity(make_model, x, y, distribution, tolerance=1e-5, **kwargs):
+    """Asserts that `distribution` gives what one device gives.
+
+    Collective: every process calls it.
+    """
+    expected = train(make_model, x, y, **kwargs)
+    actual = train(make_model, x, y, distribution=distribution, **kwargs)
+    assert_same(actual, expected, tolerance)

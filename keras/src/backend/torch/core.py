@@ -1,0 +1,136 @@
+"""Overlay: variables that are sharded as their layout says."""
+
+import functools
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from keras.src.backend.torch import core as upstream
+from keras.src.backend.torch.distribution import checks
+from keras.src.backend.torch.distribution import modes
+from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.gradients import keep_plain
+
+__all__ = ["Variable", "convert_to_numpy", "remat"]
+
+released_convert_to_numpy = upstream.convert_to_numpy
+released_remat = upstream.remat
+released_variable = upstream.Variable
+
+
+class Variable(upstream.Variable):
+    # Of the whole value that a sharded one was cut of, until it is assigned.
+    _initial_checksum = None
+
+    def _initialize(self, value):
+        context = current()
+        if context is None:
+            super()._initialize(value)
+            return
+        self._shape = tuple(value.shape)
+        if isinstance(value, torch.nn.Parameter):
+            super()._initialize(value)
+            setattr(value, storage.TAKEN, True)
+        else:
+            layout = self._layout
+            if layout is None:
+                layout = context.distribution.get_variable_layout(self)
+            self._layout = layout
+            placements = context.placements(layout, self._shape, self.path)
+            if context.is_sharded(placements):
+                value = upstream.convert_to_tensor(value, dtype=self._dtype)
+                value = sharded.whole(value)
+                self._initial_checksum = checks.checksum(value)
+                self._value = storage.parameter(
+                    value, context, placements, self.trainable
+                )
+            else:
+                super()._initialize(value)
+        self._context = context
+        storage.log(self.path, self._value)
+        if self._value.requires_grad:
+            self._hook()
+
+    def _hook(self):
+        """Lets backward reduce the gradient; done once, when it is needed."""
+        context = self._context
+        self._is_hooked = True
+        value = self._value
+        if not isinstance(value, DTensor) and context.model_mesh is not None:
+            keep_plain(value)
+        if context.reducer is not None and not (
+            storage.is_laid_out_by(value, context)
+            and value.placements[context.data_axis].is_shard()
+        ):
+            context.reducer.register(value, self)
+
+    def _initialize_with_initializer(self, initializer):
+        with modes.drawing_initial_values():
+            super()._initialize_with_initializer(initializer)
+
+    def _direct_assign(self, value):
+        if isinstance(self._value, DTensor):
+            self._initial_checksum = None
+            storage.assign(self._value, value)
+        else:
+            super()._direct_assign(sharded.whole(value))
+
+    def _maybe_autocast(self, value):
+        return storage.present(super()._maybe_autocast(value))
+
+    @property
+    def trainable(self):
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value):
+        released_variable.trainable.fset(self, value)
+        if value and getattr(self, "_context", None) is not None:
+            if not getattr(self, "_is_hooked", False):
+                self._hook()
+
+    @property
+    def regularizer(self):
+        if self._regularizer is None or not isinstance(self._value, DTensor):
+            return self._regularizer
+        return functools.partial(storage.penalty, self._regularizer)
+
+    @regularizer.setter
+    def regularizer(self, value):
+        released_variable.regularizer.fset(self, value)
+
+    def __repr__(self):
+        # Printing must not communicate: often only one process prints.
+        if not isinstance(self._value, DTensor):
+            return super().__repr__()
+        return (
+            f"<Variable path={self.path}, shape={self.shape}, "
+            f"dtype={self.dtype}, placements={self._value.placements}, "
+            f"local shape={tuple(self._value.to_local().shape)}>"
+        )
+
+
+def convert_to_numpy(x):
+    """As Keras's; a DTensor becomes the whole array.
+
+    Collective if `x` holds DTensors: every process of their mesh calls it.
+    """
+    if isinstance(x, DTensor):
+        x = x.detach().full_tensor()
+    elif isinstance(x, (list, tuple)):
+        x = [
+            e.detach().full_tensor() if isinstance(e, DTensor) else e for e in x
+        ]
+    return released_convert_to_numpy(x)
+
+
+def remat(f):
+    """As Keras's; in backward, `f` sees variables as it did in forward."""
+
+    def wrapped(*args, **kwargs):
+        again = modes.as_now()
+        return released_remat(again(f))(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,93 @@
+"""What is wrong with a model is said before its first step, by all."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from keras.src.backend.torch.distribution import process_group
+
+CHECKED = "_keras_checked_for"
+
+
+def check_once(model, context):
+    """Checks a model before its first step under a distribution.
+
+    Collective on the first call: every process calls it.
+
+    Raises:
+        ValueError: if variables were made before the distribution was set, or
+            differ between processes.
+    """
+    if model.__dict__.get(CHECKED) is context:
+        return
+    variables = model.trainable_variables + model.non_trainable_variables
+    check_made_under(variables, context)
+    check_equal(variables)
+    warn = getattr(context.distribution, "warn_of_unmatched_keys", None)
+    if warn is not None and process_group.is_first():
+        warn([v.path for v in variables])
+    model.__dict__[CHECKED] = context
+
+
+def check_made_under(variables, context):
+    strangers = [
+        v.path
+        for v in variables
+        if getattr(getattr(v, "_context", None), "mesh", None)
+        is not context.mesh
+    ]
+    if strangers:
+        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        raise ValueError(
+            "The model was built before the distribution was set, or under "
+            f"another one: {strangers[:5]}{more}. Call "
+            "`keras.distribution.set_distribution` (or enter "
+            "`distribution.scope()`) before you build the model, or build it "
+            "again from its config and load its weights."
+        )
+
+
+def check_equal(variables):
+    """Compares names, shapes and values of variables over processes.
+
+    Collective: every process calls it.
+    """
+    mine = [
+        (v.path, tuple(v.shape), v.dtype, _checksum_of(v)) for v in variables
+    ]
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    first = everyone[0]
+    for rank, other in enumerate(everyone):
+        if other == first:
+            continue
+        if len(other) != len(first):
+            what = f"{len(first)} variables against {len(other)}"
+        else:
+            what = next(
+                f"{a[0]} {a[1]} {a[2]} with sum {a[3]} against "
+                f"{b[0]} {b[1]} {b[2]} with sum {b[3]}"
+                for a, b in zip(first, other)
+                if a != b
+            )
+        raise ValueError(
+            "All processes must build the same model with the same weights. "
+            f"Process 0 differs from process {rank}: {what}. Set one seed on "
+            "all of them with `keras.utils.set_random_seed`, and take weights "
+            "from one source."
+        )
+
+
+def _checksum_of(variable):
+    if isinstance(variable._value, DTensor):
+        # Each process holds another part: of what was it cut?
+        return variable._initial_checksum
+    return checksum(variable._value)
+
+
+def checksum(value):
+    """The sum of a plain tensor, which processes can compare."""
+    if value is None:
+        return None
+    with torch.no_grad():
+        return float(value.double().sum().nan_to_num())

@@ -1,0 +1,184 @@
+"""Collectives on plain tensors that autograd can differentiate.
+
+The algebra of tensor parallelism over one mesh axis: what is the identity in
+one direction is a sum in the other (`AllReduce`, `AllReduceGradient`), what is
+a slice in one direction is a gather in the other (`AllGather`, `Slice`). After
+Megatron-LM (Shoeybi et al., 2019), section 3.
+
+Shards follow `torch.chunk`: all of size ceil(n / shards) but the last ones.
+
+Collective, all of them, forward or backward: every process of `group`.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+def whole_gradient(grad):
+    """A gradient as a plain, whole tensor.
+
+    Where plain tensors and DTensors meet in a layer's own code, the gradient
+    of the plain one may arrive as a DTensor.
+    """
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+def weighted(x, weight):
+    """`x * weight`, and zero for no weight: a mean of no rows is NaN."""
+    return x * weight if weight else torch.zeros_like(x)
+
+
+def shard_range(size, shards, index):
+    """Where shard `index` of a dim starts and stops."""
+    width = -(-size // shards)
+    start = min(index * width, size)
+    return start, min(start + width, size)
+
+
+def shard_of(x, dim, group):
+    """Our shard (a view) of a whole tensor along `dim`."""
+    start, stop = shard_range(
+        x.shape[dim], dist.get_world_size(group), dist.get_rank(group)
+    )
+    return x.narrow(dim, start, stop - start)
+
+
+def all_gather(x, dim, size, group):
+    """The whole tensor, of `size` along `dim`, from the shards of a group."""
+    shards = dist.get_world_size(group)
+    width = -(-size // shards)
+    if x.shape[dim] != width:
+        padding = list(x.shape)
+        padding[dim] = width - x.shape[dim]
+        x = torch.cat([x, x.new_zeros(padding)], dim)
+    result = x.new_empty((shards, *x.shape))
+    dist.all_gather_single(
+        result.view(-1, *x.shape[1:]) if x.ndim else result,
+        x.contiguous(),
+        group=group,
+    )
+    if dim == 0:
+        result = result.view(-1, *x.shape[1:])
+    else:
+        result = torch.cat(result.unbind(0), dim)
+    return result if result.shape[dim] == size else result.narrow(dim, 0, size)
+
+
+def reduce_scatter(x, dim, group):
+    """Our shard along `dim` of the sum of a whole tensor over a group."""
+    shards = dist.get_world_size(group)
+    size = x.shape[dim]
+    width = -(-size // shards)
+    if width * shards != size:
+        padding = list(x.shape)
+        padding[dim] = width * shards - size
+        x = torch.cat([x, x.new_zeros(padding)], dim)
+    if dim:
+        x = torch.cat(x.chunk(shards, dim), 0)
+    x = x.contiguous()
+    result = x.new_empty((x.shape[0] // shards, *x.shape[1:]))
+    dist.reduce_scatter_single(result, x, group=group)
+    start, stop = shard_range(size, shards, dist.get_rank(group))
+    return result.narrow(dim, 0, stop - start)
+
+
+class AllReduce(torch.autograd.Function):
+    """Sum of partial results: all-reduce forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        if x.is_contiguous():
+            ctx.mark_dirty(x)
+        else:
+            x = x.contiguous()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return whole_gradient(grad), None
+
+
+class AllReduceGradient(torch.autograd.Function):
+    """A whole tensor that each process uses a part of the weights on:
+    identity forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # In place: what comes from our own products is nobody else's.
+        grad = whole_gradient(grad).contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class AllGather(torch.autograd.Function):
+    """Shards become the whole; all processes do the same with it, so each
+    takes its own slice of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, dim, size, group):
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, size, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = whole_gradient(grad)
+        return shard_of(grad, ctx.dim, ctx.group).contiguous(), *(None,) * 3
+
+
+class AllGatherPartial(torch.autograd.Function):
+    """Shards become the whole, that each process uses a part of the weights
+    on: all-gather forward, reduce-scatter backward."""
+
+    @staticmethod
+    def forward(ctx, x, dim, size, group):
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, size, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = whole_gradient(grad)
+        return reduce_scatter(grad, ctx.dim, ctx.group), *(None,) * 3
+
+
+class Slice(torch.autograd.Function):
+    """Our shard of a whole tensor: slice forward, all-gather backward."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.size, ctx.group = dim, x.shape[dim], group
+        return shard_of(x, dim, group).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = all_gather(grad.contiguous(), ctx.dim, ctx.size, ctx.group)
+        return grad, None, None
+
+
+class SumOverData(torch.autograd.Function):
+    """Sum over data shards of statistics of their rows.
+
+    Forward: all-reduce. Backward: a gradient on shard i belongs to the loss of
+    shard i, which counts with the weight of its rows, and leaves here for
+    gradients that are going to be weighted with ours:
+    (sum of weight_i * gradient_i) / (our weight).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, group):
+        ctx.weight, ctx.group = weight, group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = weighted(whole_gradient(grad), ctx.weight)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad / ctx.weight if ctx.weight else grad * 0, None, None

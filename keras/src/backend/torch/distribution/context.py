@@ -1,0 +1,143 @@
+"""What the current distribution means for this process."""
+
+import logging
+
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Shard
+
+from keras.src.backend.common import global_state
+from keras.src.backend.torch.distribution import mesh as mesh_lib
+from keras.src.backend.torch.distribution import operators
+from keras.src.backend.torch.distribution.gradients import Reducer
+
+logger = logging.getLogger("keras.distribution")
+
+ATTRIBUTE = "_torch_context"
+
+
+def current():
+    """The `Context` of the current distribution, None without one.
+
+    It is None as well with one process: then nothing is distributed, and
+    everything is left to released Keras.
+    """
+    distribution = global_state.get_global_attribute("distribution")
+    if distribution is None:
+        return None
+    return getattr(distribution, ATTRIBUTE, None)
+
+
+class Context:
+    """The mesh of a distribution, seen from this process.
+
+    Collective: every process constructs it (the mesh makes process groups).
+
+    Attributes:
+        mesh: torch mesh of all axes.
+        data_axis: index in `mesh` of the axis that batches are split over.
+        data_size, data_index: number of data shards, and which one is ours.
+        data_group: process group along the data axis, None if of size 1.
+        model_axes: indices in `mesh` of the other axes of size > 1.
+        model_mesh: torch mesh of these axes, None if there are none.
+        reducer: the `gradients.Reducer`, None with one data shard.
+    """
+
+    def __init__(self, distribution):
+        device_mesh = distribution.device_mesh
+        self.distribution = distribution
+        self.mesh = mesh_lib.to_torch_mesh(device_mesh)
+        names = list(device_mesh.axis_names)
+        sizes = [int(n) for n in device_mesh.shape]
+        self.axis_names = names
+        self.data_axis = names.index(distribution.batch_dim_name)
+        self.data_size = sizes[self.data_axis]
+        self.data_index = self.mesh.get_local_rank(self.data_axis)
+        self.data_group = (
+            self.mesh.get_group(self.data_axis) if self.data_size > 1 else None
+        )
+        self.model_axes = [
+            i
+            for i, size in enumerate(sizes)
+            if size > 1 and i != self.data_axis
+        ]
+        self.model_mesh = None
+        self.model_size = 1
+        if self.model_axes:
+            operators.register()
+            self.model_mesh = self.mesh[
+                tuple(names[i] for i in self.model_axes)
+            ]
+        for i in self.model_axes:
+            self.model_size *= sizes[i]
+        self.model_placements_whole = (Replicate(),) * len(self.model_axes)
+        self.reducer = Reducer(self) if self.data_size > 1 else None
+
+    @property
+    def auto_shard(self):
+        return self.distribution.auto_shard_dataset
+
+    def placements(self, layout, shape, path):
+        """One placement for each axis of the mesh.
+
+        Args:
+            layout: `TensorLayout`, an axis name or None for each dim; dims
+                that it leaves out are not sharded.
+            shape: the global shape of the tensor.
+            path: the tensor's name, for errors.
+
+        Raises:
+            ValueError: if the layout has more dims than the tensor, names an
+                axis twice, or belongs to another mesh.
+        """
+        return layout_placements(
+            layout, self.axis_names, shape, path, self.distribution.device_mesh
+        )
+
+    def model_placements(self, placements):
+        """Those of `placements` that belong to `model_mesh`, in its order."""
+        return tuple(placements[i] for i in self.model_axes)
+
+    def is_sharded(self, placements):
+        """Whether any axis of size > 1 shards."""
+        return any(
+            p.is_shard() and self.mesh.size(i) > 1
+            for i, p in enumerate(placements)
+        )
+
+
+def layout_placements(layout, axis_names, shape, path, device_mesh=None):
+    """Tensor dims -> axis names becomes mesh axes -> placements."""
+    axes = tuple(layout.axes)
+    if len(axes) > len(shape):
+        raise ValueError(
+            f"The layout of '{path}' has more dims than the tensor: "
+            f"{len(axes)} > {len(shape)}. Received: layout axes={axes}, "
+            f"shape={tuple(shape)}"
+        )
+    if device_mesh is not None and layout.device_mesh is not None:
+        if layout.device_mesh is not device_mesh and (
+            mesh_lib.configuration(layout.device_mesh)
+            != mesh_lib.configuration(device_mesh)
+        ):
+            raise ValueError(
+                f"The layout of '{path}' belongs to another mesh than the "
+                f"distribution. Received: {layout.device_mesh}, expected "
+                f"{device_mesh}"
+            )
+    placements = [Replicate()] * len(axis_names)
+    for dim, name in enumerate(axes):
+        if name is None:
+            continue
+        if name not in axis_names:
+            raise ValueError(
+                f"The layout of '{path}' names an axis that the mesh lacks. "
+                f"Received: axis '{name}', mesh axes={list(axis_names)}"
+            )
+        axis = axis_names.index(name)
+        if placements[axis].is_shard():
+            raise ValueError(
+                f"The layout of '{path}' uses the axis '{name}' for two dims. "
+                f"Received: layout axes={axes}"
+            )
+        placements[axis] = Shard(dim)
+    return tuple(placements)

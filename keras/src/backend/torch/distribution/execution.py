@@ -1,0 +1,64 @@
+"""One call of a layer under a distribution."""
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from keras.src import tree
+from keras.src.backend.common.keras_tensor import any_symbolic_tensors
+from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution import gradients
+from keras.src.backend.torch.distribution import plan
+from keras.src.backend.torch.distribution import styles
+from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.modes import on_plain_tensors
+from keras.src.ops.operation import Operation
+
+
+def call(layer, context, args, kwargs):
+    """The outputs of `layer`, whole if nobody but the program called it.
+
+    Runs on DTensors: a layer that owns a sharded variable, and a layer without
+    sublayers that is handed a sharded activation. Any other layer runs as
+    released Keras has it.
+
+    Collective along the axes that shard the layer's variables and inputs.
+    """
+    if core.get_device() == "meta" or any_symbolic_tensors(args, kwargs):
+        return Operation.__call__(layer, *args, **kwargs)
+    modes.calls += 1
+    try:
+        if context.model_mesh is None:
+            return Operation.__call__(layer, *args, **kwargs)
+        style = plan.style_of(layer, context)
+        if style is None and not layer._layers and _handed_shards(args, kwargs):
+            style = styles.GENERAL
+        if style is None:
+            with on_plain_tensors():
+                outputs = Operation.__call__(layer, *args, **kwargs)
+        else:
+            outputs = style.call(layer, context, args, kwargs)
+            styles.log_call(layer, style, args, outputs)
+        if not layer._layers:
+            tree.map_structure(_keep_gradient_plain, outputs)
+    finally:
+        modes.calls -= 1
+    if not modes.calls and not modes.sharded_outputs:
+        outputs = tree.map_structure(styles.whole, outputs)
+    return outputs
+
+
+def _keep_gradient_plain(x):
+    """Makes the gradient of a layer's plain output plain.
+
+    Where the output meets a DTensor in some other layer's own code, its
+    gradient arrives as a DTensor, which the code that made the output need
+    not understand.
+    """
+    if type(x) is torch.Tensor and x.grad_fn is not None:
+        x.register_hook(gradients.to_plain)
+
+
+def _handed_shards(args, kwargs):
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+        return isinstance(args[0], DTensor)
+    return any(isinstance(x, DTensor) for x in tree.flatten((args, kwargs)))

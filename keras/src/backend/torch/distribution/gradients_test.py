@@ -1,0 +1,309 @@
+import types
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from keras.src.backend.torch.distribution import gradients
+from keras.src.backend.torch.distribution import rows
+
+A, B, C = (0, 1), (2,), (0, 2)
+
+
+def make_reducer(size=2):
+    context = types.SimpleNamespace(data_size=size, data_group=dist.group.WORLD)
+    return gradients.Reducer(context)
+
+
+@pytest.mark.parametrize(
+    "history, expected",
+    [
+        ([], ()),
+        ([A], A),
+        ([A, A, A], A),
+        # Two models that take turns.
+        ([A, B], B),
+        ([A, B, A], B),
+        ([A, B, A, B], A),
+        # A generator that is trained after two steps of a discriminator:
+        # what followed the last time.
+        ([A, A, B, A, A], A),
+        ([A, B, A, C, A], C),
+        # New: what was last.
+        ([A, A, C], C),
+    ],
+)
+def test_predict(history, expected):
+    reducer = make_reducer()
+    for reached in history:
+        reducer.remember(reached)
+    assert reducer.predict() == expected
+
+
+def test_history_is_bounded():
+    reducer = make_reducer()
+    for i in range(1000):
+        reducer.remember((i,))
+    assert len(reducer._history) == gradients.HISTORY
+
+
+def test_kept_plans_are_bounded():
+    reducer = make_reducer()
+    for i in range(1000):
+        reducer.plan((i,))
+    assert len(reducer._plans) <= gradients.HISTORY + 1
+    plan = reducer.plan((7,))
+    assert reducer.plan((7,)) is plan
+
+
+class Owner:
+    """Holds a parameter, as a variable does."""
+
+    def __init__(self, size, dtype):
+        self.value = torch.nn.Parameter(torch.ones(size, dtype=dtype))
+
+
+def registered(reducer, *specs):
+    owners = [Owner(*spec) for spec in specs]
+    for owner in owners:
+        reducer.register(owner.value, owner)
+    return owners
+
+
+def test_buckets_have_one_dtype_and_begin_with_the_last_created():
+    reducer = make_reducer()
+    owners = registered(
+        reducer,
+        (2, torch.float32),
+        (3, torch.float64),
+        (4, torch.float32),
+        (5, torch.float64),
+    )
+    buckets = reducer.buckets((0, 1, 2, 3))
+    assert [(b.numbers, b.dtype) for b in buckets] == [
+        ([3, 1], torch.float64),
+        ([2, 0], torch.float32),
+    ]
+    assert [b.bytes for b in buckets] == [8 * 8, 6 * 4]
+    assert [b.numbers for b in reducer.buckets((2, 1))] == [[2], [1]]
+    del owners
+
+
+def test_buckets_are_of_limited_size(monkeypatch):
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 10)
+    reducer = make_reducer()
+    owners = registered(reducer, *[(1, torch.float32)] * 7)
+    buckets = reducer.buckets(range(7))
+    # One is closed as soon as it is larger than the limit.
+    assert [b.numbers for b in buckets] == [[6, 5, 4], [3, 2, 1], [0]]
+    del owners
+
+
+def test_buckets_leave_out_what_was_freed():
+    reducer = make_reducer()
+    owners = registered(reducer, *[(1, torch.float32)] * 3)
+    del owners[1]
+    assert [b.numbers for b in reducer.buckets(range(3))] == [[2, 0]]
+    # The others keep their numbers.
+    owners += registered(reducer, (1, torch.float32))
+    assert [b.numbers for b in reducer.buckets(range(4))] == [[3, 2, 0]]
+
+
+def test_parameters_are_freed_with_their_owners():
+    reducer = make_reducer()
+    owners = registered(reducer, *[(1, torch.float32)] * 2)
+    references = [weakref.ref(owner.value) for owner in owners]
+    del owners[0]
+    assert references[0]() is None
+    assert references[1]() is not None
+
+
+class Model:
+    """Three parameters of a data shard, and a step of one device."""
+
+    def __init__(self, *sizes, size=2):
+        self.reducer = make_reducer(size)
+        self.owners = registered(
+            self.reducer, *[(n, torch.float32) for n in sizes or (2, 3, 4)]
+        )
+        self.parameters = [owner.value for owner in self.owners]
+
+    def backward(self, factors):
+        """Gradients of `factors[i]` for parameter i, where it is given."""
+        sum(
+            factor * self.parameters[i].sum() for i, factor in factors.items()
+        ).backward()
+
+    def zero(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @property
+    def grads(self):
+        """The value of each gradient, all of whose elements are equal."""
+        values = []
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                values.append(None)
+                continue
+            assert parameter.grad.shape == parameter.shape
+            assert len(set(parameter.grad.tolist())) == 1
+            values.append(parameter.grad[0].item())
+        return values
+
+
+def test_mean_outside_of_a_step(on_threads):
+    def run(rank):
+        model = Model()
+        model.backward({0: 1 + rank, 1: 10.0, 2: 4.0 * rank})
+        return model.grads
+
+    assert on_threads(2, run) == [[1.5, 10.0, 2.0]] * 2
+
+
+def test_mean_is_weighted_with_rows(on_threads):
+    def run(rank):
+        model = Model(size=3)
+        with rows.current_rows(rows.Rows((3, 1, 0)[rank], 4)):
+            model.backward({0: (4.0, 8.0, 0.0)[rank]})
+        return model.grads
+
+    assert on_threads(3, run) == [[5.0, None, None]] * 3
+
+
+def test_a_mean_of_no_rows_counts_for_nothing(on_threads):
+    def run(rank):
+        model = Model()
+        with rows.current_rows(rows.Rows((2, 0)[rank], 2)):
+            model.backward({0: (3.0, float("nan"))[rank]})
+        return model.grads
+
+    assert on_threads(2, run) == [[3.0, None, None]] * 2
+
+
+def test_a_gradient_of_one_shard_alone_reaches_all(on_threads):
+    # A branch that only one of them takes: on one device, it has a gradient.
+    def run(rank):
+        model = Model()
+        seen = []
+        for _ in range(3):
+            model.zero()
+            model.backward({0: 2.0, 1: 4.0} if rank else {0: 2.0, 2: 6.0})
+            seen.append(model.grads)
+        return seen
+
+    expected = [[2.0, 2.0, 3.0]] * 3
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_no_gradient_anywhere_stays_none(on_threads):
+    def run(rank):
+        model = Model()
+        seen = []
+        # Those that were predicted, but not reached, too.
+        for factors in ({0: 1.0, 1: 1.0}, {1: 3.0}, {0: 5.0}):
+            model.zero()
+            model.backward(factors)
+            seen.append(model.grads)
+        return seen
+
+    expected = [[1.0, 1.0, None], [None, 3.0, None], [5.0, None, None]]
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_gradients_of_several_passes_add_up(on_threads):
+    def run(rank):
+        model = Model()
+        model.backward({0: 1.0 + rank, 1: 1.0})
+        model.backward({0: 3.0 + rank, 2: 1.0})
+        model.backward({0: 5.0 + rank} if rank else {1: 8.0})
+        return model.grads
+
+    # (1 + 2) / 2 + (3 + 4) / 2 + 6 / 2; what was reduced is not once more.
+    assert on_threads(2, run) == [[8.0, 5.0, 1.0]] * 2
+
+
+def test_several_buckets(on_threads, monkeypatch):
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 4)
+
+    def run(rank):
+        model = Model(*[3] * 6)
+        seen = []
+        for step in range(4):
+            model.zero()
+            model.backward({i: float(i + step + rank) for i in range(6)})
+            seen.append(model.grads)
+        return seen
+
+    expected = [[i + step + 0.5 for i in range(6)] for step in range(4)]
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_reduces_while_backward_runs(fake_world, monkeypatch):
+    fake_world(2)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 4)
+    model = Model(2, 2, 2)
+    events = []
+    all_reduce = dist.all_reduce
+
+    def logged(tensor, *args, **kwargs):
+        events.append(f"reduce {tensor.numel()}")
+        return all_reduce(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(gradients.dist, "all_reduce", logged)
+    for parameter, name in zip(model.parameters, "012"):
+        parameter.register_hook(lambda _, name=name: events.append(name))
+
+    def chain():
+        x = torch.ones(2)
+        for parameter in model.parameters:
+            x = x * parameter
+        return x.sum()
+
+    chain().backward()
+    # Nothing is known of the first pass: all of it is reduced at its end.
+    # The flags of three parameters say which those are.
+    assert events == ["2", "1", "0", "reduce 3"] + ["reduce 2"] * 3
+    events.clear()
+    chain().backward()
+    assert events == [
+        "2",
+        "reduce 2",
+        "1",
+        "reduce 2",
+        "0",
+        "reduce 2",
+        "reduce 3",
+    ]
+
+
+def test_a_failed_pass_leaves_nothing_behind(on_threads):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("out of memory")
+
+    def run(rank):
+        model = Model()
+        first, second, _ = model.parameters
+        # The second parameter, created last, gets its gradient first.
+        loss = Fails.apply(first).sum() + second.sum()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            loss.backward()
+        model.zero()
+        model.backward({0: 1.0 + rank, 1: 3.0})
+        return model.grads
+
+    assert on_threads(2, run) == [[1.5, 3.0, None]] * 2
+
+
+def test_keep_plain_leaves_plain_gradients_alone():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    gradients.keep_plain(parameter)
+    (parameter * 3).sum().backward()
+    assert parameter.grad.tolist() == [3.0, 3.0]

@@ -1,0 +1,76 @@
+"""What a variable shows when it is read, and to whom.
+
+Outside of layers a sharded variable shows what is stored: a DTensor of the
+global shape. Inside any layer's call it shows what the layer computes with,
+and inside an optimizer's update the local shard.
+"""
+
+import contextlib
+import threading
+
+
+class _Modes(threading.local):
+    # Threads: autograd may run a layer again (activation checkpointing).
+    calls = 0  # layer calls under way
+    on_dtensors = False  # the innermost of them runs on DTensors
+    whole = False  # the innermost of them runs on whole weights
+    local = False  # inside an elementwise update on local shards
+    stored = False  # reading what is stored, even inside a layer's call
+    sharded_outputs = False  # what leaves the outermost layer may be sharded
+    drawing = False  # drawing initial values, equal on all processes
+
+
+modes = _Modes()
+
+
+@contextlib.contextmanager
+def _set(**values):
+    previous = {name: getattr(modes, name) for name in values}
+    for name, value in values.items():
+        setattr(modes, name, value)
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            setattr(modes, name, value)
+
+
+def on_dtensors():
+    """Within it, plain variables enter as `Replicate` when they are read."""
+    return _set(on_dtensors=True, whole=False)
+
+
+def on_whole_weights():
+    """Within it, sharded variables are gathered when they are read."""
+    return _set(on_dtensors=False, whole=True)
+
+
+def on_plain_tensors():
+    """Within it, variables are read as a layer without a style reads them."""
+    return _set(on_dtensors=False, whole=False)
+
+
+def sharded_outputs():
+    """Within it, what leaves the outermost layer may be sharded."""
+    return _set(sharded_outputs=True)
+
+
+def local_shards():
+    """Within it, `variable.value` is the local shard (under `no_grad`)."""
+    return _set(local=True)
+
+
+def stored_values():
+    """Within it, `variable.value` is what is stored, in any layer's call."""
+    return _set(stored=True)
+
+
+def drawing_initial_values():
+    """Within it, random numbers are equal on all processes."""
+    return _set(drawing=True)
+
+
+def as_now():
+    """The modes as they are, to be entered again later."""
+    names = [name for name in vars(_Modes) if not name.startswith("_")]
+    return _set(**{name: getattr(modes, name) for name in names})

@@ -1,0 +1,144 @@
+"""DTensors as carriers, and the two borders between them and plain tensors.
+
+Plain tensors are whole and equal on the processes of a data shard, so torch's
+implicit replication lets them meet DTensors anywhere, and a gradient can reach
+a border in either form. `Enter` and `Leave` take both.
+"""
+
+import contextlib
+import functools
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
+
+# torch 2.13. The public `DTensor.from_local` takes about ten times as long as
+# the constructor it ends in (40 us against 4), which counts several times for
+# each layer of a step; this is the only place that calls the constructor.
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor._dtensor_spec import TensorMeta
+
+REQUESTED = "_keras_requested_layout"
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(mesh, mesh_id, placements, shape, dtype):
+    # Meshes of another process group may be equal, but are not the same.
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    meta = TensorMeta(torch.Size(shape), tuple(reversed(stride)), dtype)
+    return DTensorSpec(mesh, placements, tensor_meta=meta)
+
+
+def wrap(local, mesh, placements, shape):
+    """A DTensor around a local shard. Does not communicate, nor check.
+
+    Args:
+        local: this process's shard.
+        mesh: torch mesh.
+        placements: tuple, one placement for each axis of `mesh`.
+        shape: tuple, the global shape.
+    """
+    spec = _spec(mesh, id(mesh), tuple(placements), tuple(shape), local.dtype)
+    local = local.contiguous()  # As the strides of the specification say.
+    return DTensor(local, spec, requires_grad=local.requires_grad)
+
+
+def local_of(x):
+    """The local shard of a DTensor, without autograd; shares its memory."""
+    with torch.no_grad():
+        return x.to_local()
+
+
+def is_whole(x):
+    # Not `is_shard`: a strided shard says False to it, and is none.
+    return all(p.is_replicate() for p in x.placements)
+
+
+def reduced(x):
+    """A DTensor without partial sums, and without strided shards.
+
+    Collective along the axes where `x` is partial or strided.
+    """
+    for axis, placement in enumerate(x.placements):
+        # Of a dim that a reshape has merged, DTensor makes a strided shard.
+        # Nobody but DTensor can read it: it is none for `is_shard`.
+        if not (placement.is_shard() or placement.is_replicate()):
+            placements = list(x.placements)
+            placements[axis] = Replicate()
+            x = x.redistribute(placements=placements)
+    return x
+
+
+class Enter(torch.autograd.Function):
+    """A local shard becomes a DTensor."""
+
+    @staticmethod
+    def forward(ctx, local, mesh, placements, shape):
+        ctx.mesh, ctx.placements, ctx.shape = mesh, tuple(placements), shape
+        return wrap(local.view_as(local).detach(), mesh, placements, shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not isinstance(grad, DTensor):
+            # Plain tensors are whole: let every axis take its own part.
+            replicate = (Replicate(),) * ctx.mesh.ndim
+            if ctx.placements == replicate:
+                return grad, None, None, None
+            grad = wrap(grad, ctx.mesh, replicate, tuple(grad.shape))
+        if tuple(grad.placements) != ctx.placements:
+            grad = grad.redistribute(placements=ctx.placements)
+        return local_of(grad), None, None, None
+
+
+class Leave(torch.autograd.Function):
+    """A DTensor becomes its local shard."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mesh, ctx.placements = x.device_mesh, tuple(x.placements)
+        ctx.shape = tuple(x.shape)
+        local = local_of(x)
+        # A new tensor, no view of an input: layers write into what they get.
+        return local.clone() if is_whole(x) else local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if isinstance(grad, DTensor):
+            if tuple(grad.placements) == ctx.placements:
+                return grad
+            return grad.redistribute(placements=ctx.placements)
+        return wrap(grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape)
+
+
+def whole(x):
+    """A plain, whole tensor; anything but a DTensor is returned as it is.
+
+    Collective along the axes where `x` is sharded or partial.
+    """
+    if not isinstance(x, DTensor):
+        return x
+    x = reduced(x)
+    if not is_whole(x):
+        x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+    return Leave.apply(x)
+
+
+def allow_implicit_replication(value):
+    """Whether plain tensors may meet DTensors; they count as replicated."""
+    # torch 2.13: the public context manager always ends with False, whatever
+    # held before it, and a distribution is set by a function, not a context.
+    DTensor._op_dispatcher._allow_implicit_replication = value
+
+
+@contextlib.contextmanager
+def implicit_replication():
+    """Within it, plain tensors may meet DTensors."""
+    previous = DTensor._op_dispatcher._allow_implicit_replication
+    allow_implicit_replication(True)
+    try:
+        yield
+    finally:
+        allow_implicit_replication(previous)

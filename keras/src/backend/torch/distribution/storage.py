@@ -1,0 +1,256 @@
+"""Variables: what of them this process stores, and what layers see of it.
+
+A variable whose layout shards it over an axis of size > 1 is stored as an
+`nn.Parameter` around a DTensor on the whole mesh. Any other variable stays the
+plain tensor that it is on one device.
+"""
+
+import logging
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.context import logger
+from keras.src.backend.torch.distribution.modes import modes
+
+# Marks a torch module's parameter that is a Keras variable too.
+TAKEN = "_keras_variable_of"
+
+
+def shard(value, mesh, placements):
+    """Cuts a whole value, equal on all processes, into a DTensor.
+
+    Does not communicate.
+
+    Args:
+        value: plain tensor of the global shape.
+        mesh: torch mesh.
+        placements: one `Shard` or `Replicate` for each axis of `mesh`.
+    """
+    local = value
+    for axis, placement in enumerate(placements):
+        if placement.is_shard():
+            local = collectives.shard_of(
+                local, placement.dim, mesh.get_group(axis)
+            )
+    # A copy: a view would keep the whole alive, or share its memory.
+    local = local.detach().clone(memory_format=torch.contiguous_format)
+    return sharded.wrap(local, mesh, placements, tuple(value.shape))
+
+
+def parameter(value, context, placements, trainable):
+    """An `nn.Parameter` that stores our part of a whole value.
+
+    Integers and booleans never ask for a gradient.
+
+    Args:
+        value: plain tensor of the global shape, equal on all processes.
+        context: the `Context`.
+        placements: one for each axis of `context.mesh`.
+        trainable: whether a floating-point value asks for a gradient.
+    """
+    value = value.detach()
+    asks = trainable and (value.is_floating_point() or value.is_complex())
+    return torch.nn.Parameter(
+        shard(value, context.mesh, placements), requires_grad=asks
+    )
+
+
+def assign(stored, value):
+    """Writes a whole value, or a DTensor, into a stored DTensor.
+
+    Collective if `value` is a DTensor with other placements.
+    """
+    with torch.no_grad():
+        if not isinstance(value, DTensor):
+            value = shard(
+                value.to(stored.dtype), stored.device_mesh, stored.placements
+            )
+        elif value.device_mesh != stored.device_mesh:
+            value = shard(
+                value.full_tensor().to(stored.dtype),
+                stored.device_mesh,
+                stored.placements,
+            )
+        elif tuple(value.placements) != tuple(stored.placements):
+            value = value.redistribute(placements=stored.placements)
+        sharded.local_of(stored).copy_(sharded.local_of(value))
+
+
+def read_stored(variable):
+    """The stored value of a variable, cast if its layer is of mixed dtype."""
+    previous, modes.stored = modes.stored, True
+    try:
+        return variable.value
+    finally:
+        modes.stored = previous
+
+
+def penalty(regularizer, x):
+    """What a regularizer gives for a sharded variable: a plain scalar.
+
+    Collective: every process of the variable's mesh calls it.
+
+    Args:
+        regularizer: function of a tensor.
+        x: the variable, or its value.
+    """
+    try:
+        result = regularizer(x)
+    except Exception:
+        # Code that DTensor cannot run sees the whole value.
+        result = regularizer(sharded.whole(getattr(x, "value", x)))
+    return sharded.whole(result)
+
+
+def present(value):
+    """What a reader sees of the value of a variable; see `modes`.
+
+    Collective inside a layer's call if the data axis shards the variable.
+    """
+    if not isinstance(value, DTensor):
+        return _enter(value) if modes.on_dtensors else value
+    if modes.local:
+        return sharded.local_of(value)
+    if not modes.calls or modes.stored:
+        return value
+    context = current()
+    if context is None or value.device_mesh != context.mesh:
+        return value
+    local, placements = operand(value, context)
+    if not any(p.is_shard() for p in placements):
+        return _enter(local) if modes.on_dtensors else local
+    if modes.whole:
+        return _gather_model_axes(local, placements, value.shape, context)
+    shape = tuple(value.shape)
+    return sharded.Enter.apply(local, context.model_mesh, placements, shape)
+
+
+def _enter(value):
+    context = current()
+    if modes.stored or not value.is_floating_point():
+        return value
+    return sharded.Enter.apply(
+        value,
+        context.model_mesh,
+        context.model_placements_whole,
+        tuple(value.shape),
+    )
+
+
+def _gather_model_axes(local, placements, shape, context):
+    # The last axis that shards a dim cuts it finest: it is undone first.
+    for axis in reversed(range(len(placements))):
+        if placements[axis].is_shard():
+            dim = placements[axis].dim
+            others = [
+                context.model_mesh.size(i)
+                for i, p in enumerate(placements[:axis])
+                if p.is_shard(dim)
+            ]
+            size = shape[dim]
+            for shards in others:
+                size = -(-size // shards)
+            local = collectives.AllGather.apply(
+                local, dim, size, context.model_mesh.get_group(axis)
+            )
+    return local
+
+
+def operand(value, context):
+    """What a layer computes with: whole on the data axis, our model shards.
+
+    Autograd then gives what belongs to it: the reduce-scatter of the gradient
+    over the data axis. FSDP when only the data axis shards, tensor parallelism
+    when only model axes do, and both at once.
+
+    Collective along the data axis if it shards the variable.
+
+    Args:
+        value: the stored value, a DTensor on the whole mesh or plain.
+        context: the `Context`.
+
+    Returns:
+        Plain local tensor, and its placements on `context.model_mesh`.
+    """
+    if not isinstance(value, DTensor):
+        return value, context.model_placements_whole
+    placements = context.model_placements(value.placements)
+    if torch.is_grad_enabled() and value.requires_grad:
+        return Unshard.apply(value, context), placements
+    return _gathered(value, context), placements
+
+
+def is_model_sharded(value, context):
+    """Whether a stored value is sharded over an axis of the model mesh."""
+    return is_laid_out_by(value, context) and any(
+        p.is_shard() for p in context.model_placements(value.placements)
+    )
+
+
+def is_laid_out_by(value, context):
+    """Whether a stored value is cut as a layout map says.
+
+    A torch module's own DTensors, of a plan written by hand, are not: they lie
+    on a mesh of that plan. (Meshes are compared by value: DTensor's caches may
+    hand out an equal mesh in place of the one that went in.)
+    """
+    return isinstance(value, DTensor) and value.device_mesh == context.mesh
+
+
+def _gathered(value, context):
+    local = sharded.local_of(value)
+    placement = value.placements[context.data_axis]
+    if placement.is_shard() and context.data_size > 1:
+        size = value.shape[placement.dim]
+        return collectives.all_gather(
+            local, placement.dim, size, context.data_group
+        )
+    return local
+
+
+class Unshard(torch.autograd.Function):
+    """Stored DTensor -> the local tensor that a layer computes with."""
+
+    @staticmethod
+    def forward(ctx, value, context):
+        ctx.mesh, ctx.placements = value.device_mesh, tuple(value.placements)
+        ctx.shape, ctx.context = tuple(value.shape), context
+        local = _gathered(value, context)
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, grad):
+        context = ctx.context
+        grad = collectives.whole_gradient(grad)
+        placement = ctx.placements[context.data_axis]
+        if placement.is_shard() and context.data_size > 1:
+            grad = collectives.reduce_scatter(
+                collectives.weighted(grad, rows.weight(context)),
+                placement.dim,
+                context.data_group,
+            )
+        return (
+            sharded.wrap(
+                grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape
+            ),
+            None,
+        )
+
+
+def log(path, value):
+    if logger.isEnabledFor(logging.DEBUG):
+        placements, local = "whole", tuple(value.shape)
+        if isinstance(value, DTensor):
+            placements, local = value.placements, tuple(value.to_local().shape)
+        logger.debug(
+            "variable %s: global shape %s, placements %s, local shape %s",
+            path,
+            tuple(value.shape),
+            placements,
+            local,
+        )

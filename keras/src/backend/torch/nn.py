@@ -1,0 +1,205 @@
+"""Overlay: attention on local heads, sharded classes, global moments."""
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
+
+from keras.src.backend.torch import nn as upstream
+from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import cross_entropy
+from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.modes import modes
+
+__all__ = [
+    "dot_product_attention",
+    "moments",
+    "sparse_categorical_crossentropy",
+]
+
+released_dot_product_attention = upstream.dot_product_attention
+released_moments = upstream.moments
+released_sparse_categorical_crossentropy = (
+    upstream.sparse_categorical_crossentropy
+)
+
+
+def dot_product_attention(
+    query, key, value, bias=None, mask=None, *args, **kwargs
+):
+    """As Keras's; sharded heads (or rows) are computed where they are.
+
+    torch has no sharding rule for attention on CPU. Heads need nothing of each
+    other, so no rule is needed.
+
+    Collective along the model axes if query, key and value are not sharded
+    alike.
+
+    Args:
+        query, key, value: tensors of shape `(batch, length, heads, dim)`.
+        bias, mask: optional tensors that broadcast to
+            `(batch, heads, query length, key length)`.
+    """
+    tensors = (query, key, value)
+    if not any(isinstance(x, DTensor) for x in tensors):
+        return released_dot_product_attention(
+            query,
+            key,
+            value,
+            sharded.whole(bias),
+            sharded.whole(mask),
+            *args,
+            **kwargs,
+        )
+    mesh = next(x.device_mesh for x in tensors if isinstance(x, DTensor))
+    tensors = [_enter(x, mesh) for x in tensors]
+    placements = [
+        _common_placement(axis, mesh, *tensors) for axis in range(mesh.ndim)
+    ]
+    if len({p.dim for p in placements if p.is_shard()}) < sum(
+        p.is_shard() for p in placements
+    ):
+        placements = [Replicate()] * mesh.ndim
+    local = [
+        sharded.Leave.apply(
+            x
+            if list(x.placements) == placements
+            else x.redistribute(placements=placements)
+        )
+        for x in tensors
+    ]
+    output = released_dot_product_attention(
+        *local,
+        _cut(bias, mesh, placements, query.shape),
+        _cut(mask, mesh, placements, query.shape),
+        *args,
+        **kwargs,
+    )
+    shape = (*query.shape[:3], value.shape[3])
+    return sharded.Enter.apply(output, mesh, tuple(placements), shape)
+
+
+def _enter(x, mesh):
+    if isinstance(x, DTensor):
+        return sharded.reduced(x)
+    replicate = (Replicate(),) * mesh.ndim
+    return sharded.Enter.apply(x, mesh, replicate, tuple(x.shape))
+
+
+def _common_placement(axis, mesh, query, key, value):
+    """How query, key and value can all be cut along a mesh axis."""
+    placement = query.placements[axis]
+    size = mesh.size(axis)
+    if placement.is_shard() and placement.dim == 0:
+        return placement
+    if placement.is_shard() and placement.dim == 2:
+        heads, shared = query.shape[2], key.shape[2]
+        # Each group of query heads must lie with its key and value head.
+        if heads == shared or (shared % size == 0 and heads % size == 0):
+            return placement
+    return Replicate()
+
+
+def _cut(x, mesh, placements, query_shape):
+    """Our part of a bias or mask that broadcasts over batch and heads."""
+    if x is None:
+        return None
+    x = sharded.whole(x)
+    for axis, placement in enumerate(placements):
+        if not placement.is_shard():
+            continue
+        # (batch, length, heads, dim) -> (batch, heads, query, key)
+        dim = {0: 0, 2: 1}[placement.dim] - 4 + x.ndim
+        group = mesh.get_group(axis)
+        if dim >= 0 and x.shape[dim] > 1:
+            x = collectives.Slice.apply(x, dim, group)
+        elif x.requires_grad:
+            # Times one: the gradient of a product is a tensor of its own,
+            # that may be summed in place.
+            x = collectives.AllReduceGradient.apply(x, group) * 1
+    return x
+
+
+def moments(x, axes, keepdims=False, synchronized=False):
+    """As Keras's; in a step, over the rows of the global batch.
+
+    Collective along the data axis if `axes` holds the batch dim and the call
+    is a layer's: every process of the axis calls it.
+    """
+    context = current()
+    rows_now = rows.get_current_rows()
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if (
+        context is None
+        or context.data_size == 1
+        or rows_now is None
+        or not modes.calls
+        or not any(axis % x.ndim == 0 for axis in axes)
+    ):
+        return released_moments(x, axes, keepdims, synchronized)
+    dtype = x.dtype
+    if dtype == torch.float16:
+        x = x.to(torch.float32)
+    # Sums of the shards, over the size of the global batch. The variance is
+    # E[x^2] - E[x]^2, as released Keras has it.
+    share = rows_now.weight / max(_size(x, axes), 1)
+    pair = torch.stack(
+        [
+            torch.sum(x, dim=axes, keepdim=True),
+            torch.sum(torch.square(x), dim=axes, keepdim=True),
+        ]
+    )
+    pair = _sum_over_data(pair * share, rows_now.weight, context)
+    mean = pair[0]
+    variance = pair[1] - torch.square(mean)
+    if not keepdims:
+        mean = torch.squeeze(mean, axes)
+        variance = torch.squeeze(variance, axes)
+    if dtype == torch.float16:
+        limits = torch.finfo(dtype)
+        mean = torch.clip(mean, limits.min, limits.max).to(dtype)
+        variance = torch.clip(variance, limits.min, limits.max).to(dtype)
+    return mean, variance
+
+
+def _size(x, axes):
+    size = 1
+    for axis in axes:
+        size *= x.shape[axis]
+    return size
+
+
+def _sum_over_data(x, weight, context):
+    if not isinstance(x, DTensor):
+        return collectives.SumOverData.apply(x, weight, context.data_group)
+    x = sharded.reduced(x)
+    mesh, placements, shape = x.device_mesh, x.placements, tuple(x.shape)
+    local = sharded.Leave.apply(x)
+    local = collectives.SumOverData.apply(local, weight, context.data_group)
+    return sharded.Enter.apply(local, mesh, placements, shape)
+
+
+def sparse_categorical_crossentropy(target, output, from_logits=False, axis=-1):
+    """As Keras's; logits whose classes are sharded are not gathered.
+
+    Collective along the model axes if `output` is a DTensor.
+    """
+    if not isinstance(output, DTensor):
+        return released_sparse_categorical_crossentropy(
+            target, output, from_logits, axis
+        )
+    output = sharded.reduced(output)
+    target = upstream.convert_to_tensor(sharded.whole(target), torch.long)
+    if target.ndim == output.ndim and target.shape[axis] == 1:
+        target = torch.squeeze(target, dim=axis)
+    if (
+        from_logits
+        and axis % output.ndim == output.ndim - 1
+        and target.shape == output.shape[:-1]
+        and cross_entropy.class_axis_of(output) is not None
+    ):
+        return cross_entropy.sparse_cross_entropy(target, output)
+    return released_sparse_categorical_crossentropy(
+        target, sharded.whole(output), from_logits, axis
+    )

@@ -1,0 +1,234 @@
+"""Overlay: `fit`, `evaluate` and `predict` on the rows of a data shard."""
+
+import inspect
+
+import torch
+
+from keras.src import callbacks as callbacks_module
+from keras.src import losses
+from keras.src import tree
+from keras.src.backend.torch import trainer as upstream
+from keras.src.backend.torch.distribution import checks
+from keras.src.backend.torch.distribution import feeding
+from keras.src.backend.torch.distribution import logs as logs_lib
+from keras.src.backend.torch.distribution import modes
+from keras.src.backend.torch.distribution import process_group
+from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import styles
+from keras.src.backend.torch.distribution.context import current
+
+__all__ = ["TorchEpochIterator", "TorchTrainer"]
+
+
+class TorchTrainer(upstream.TorchTrainer):
+    def make_train_function(self, force=False):
+        if self.train_function is None or force:
+            super().make_train_function(force)
+            self.train_function = TrainStep(self, self.train_function)
+
+    def make_test_function(self, force=False):
+        if self.test_function is None or force:
+            super().make_test_function(force)
+            self.test_function = Step(self, self.test_function)
+
+    def make_predict_function(self, force=False):
+        if self.predict_function is None or force:
+            super().make_predict_function(force)
+            self.predict_function = PredictStep(self, self.predict_function)
+        return self.predict_function
+
+    def fit(self, *args, **kwargs):
+        return self._run("fit", args, kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        return self._run("evaluate", args, kwargs)
+
+    def predict(self, *args, **kwargs):
+        return self._run("predict", args, kwargs)
+
+    def _run(self, name, args, kwargs):
+        """Keras's `fit`, `evaluate` or `predict`, seen once on the screen.
+
+        Collective under a distribution: every process calls it.
+        """
+        method = getattr(super(), name)
+        if current() is None:
+            return method(*args, **kwargs)
+        arguments = inspect.signature(method).bind(*args, **kwargs).arguments
+        # What is gathered under `**kwargs` goes back to where it came from.
+        arguments.update(arguments.pop("kwargs", {}))
+        if process_group.process_id():
+            arguments["verbose"] = 0
+        if name == "fit":
+            arguments["callbacks"] = _agreeing_callbacks(
+                arguments.get("callbacks"), self
+            )
+        return method(**arguments)
+
+    def _takes_sharded_outputs(self):
+        """Whether loss and step are Keras's own, and the loss of the kind
+        that is computed on sharded classes."""
+        loss = getattr(self._compile_loss, "_user_loss", None)
+        return (
+            isinstance(loss, losses.SparseCategoricalCrossentropy)
+            and loss._fn_kwargs.get("from_logits", False)
+            and all(
+                getattr(type(self), name) is getattr(TorchTrainer, name)
+                for name in (
+                    "train_step",
+                    "test_step",
+                    "compute_loss",
+                    "compute_metrics",
+                )
+            )
+        )
+
+    def _compute_loss(self, *args, **kwargs):
+        return styles.whole(super()._compute_loss(*args, **kwargs))
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        if self._compile_metrics is not None:
+            y_pred = tree.map_structure(styles.whole, y_pred)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def _aggregate_additional_loss(self, loss):
+        return super()._aggregate_additional_loss(styles.whole(loss))
+
+    def _get_metrics_result_or_logs(self, logs):
+        # The logs of a step are global; the metrics' own state is local.
+        if current() is not None:
+            return logs
+        return super()._get_metrics_result_or_logs(logs)
+
+
+for _name in ("fit", "evaluate", "predict"):
+    _released = getattr(upstream.TorchTrainer, _name)
+    _ours = getattr(TorchTrainer, _name)
+    _ours.__doc__ = _released.__doc__
+    _ours.__signature__ = inspect.signature(_released)
+
+
+class Step:
+    """A train, test or predict function of released Keras, on our rows.
+
+    Collective under a distribution: every process calls it.
+
+    Args:
+        model: the trainer.
+        function: takes `[data]` and returns logs or outputs.
+    """
+
+    def __init__(self, model, function):
+        self.model = model
+        self.function = function
+
+    def __call__(self, data):
+        context = current()
+        if context is None:
+            return self.function(data)
+        checks.check_once(self.model, context)
+        if not isinstance(data, rows.Batch):
+            data = feeding.to_batch(data[0], context)
+        with rows.current_rows(data.rows):
+            with logs_lib.unchanged_by_no_rows(self.model.metrics, data.rows):
+                logs = self.run(data)
+            return self.finish(logs, context)
+
+    def run(self, data):
+        if self.model._takes_sharded_outputs():
+            with modes.sharded_outputs():
+                return self.function(data)
+        return self.function(data)
+
+    def finish(self, logs, context):
+        logs, _ = logs_lib.reduce_logs(self.model.metrics, logs, False, context)
+        return logs
+
+
+class TrainStep(Step):
+    def finish(self, logs, context):
+        logs, self.model.stop_training = logs_lib.reduce_logs(
+            self.model.metrics, logs, self.model.stop_training, context
+        )
+        return logs
+
+
+class PredictStep(Step):
+    def run(self, data):
+        return self.function(data)
+
+    def finish(self, outputs, context):
+        outputs = tree.map_structure(styles.whole, outputs)
+        if context.data_size == 1 or not context.auto_shard:
+            return outputs
+        return tree.map_structure(
+            lambda x: (
+                rows.gather(x, context)
+                if isinstance(x, torch.Tensor) and x.ndim
+                else x
+            ),
+            outputs,
+        )
+
+
+class AgreeOnStopping(callbacks_module.Callback):
+    """Stops all processes as soon as a callback of one of them wants to.
+
+    Collective: every process has it, after its own callbacks.
+    """
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._agree()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._agree()
+
+    def _agree(self):
+        self.model.stop_training = logs_lib.any_process(
+            self.model.stop_training
+        )
+
+
+def _agreeing_callbacks(callbacks, model):
+    """Callbacks that all processes stop by.
+
+    Collective: every process calls it, with or without callbacks.
+    """
+    if isinstance(callbacks, callbacks_module.CallbackList):
+        mine = bool(callbacks.callbacks)
+    else:
+        mine = bool(callbacks)
+    if not logs_lib.any_process(mine):
+        return callbacks
+    if isinstance(callbacks, callbacks_module.CallbackList):
+        own = callbacks.callbacks
+        if not any(isinstance(c, AgreeOnStopping) for c in own):
+            own.append(AgreeOnStopping())
+            own[-1].set_model(model)
+            # What communicates must not run in a thread of the list.
+            callbacks._configure_async_dispatch(own)
+        return callbacks
+    return [*tree.flatten(callbacks or []), AgreeOnStopping()]
+
+
+class TorchEpochIterator(upstream.TorchEpochIterator):
+    def __init__(self, x, y=None, sample_weight=None, **kwargs):
+        context = current()
+        self._is_sharded = context is not None
+        if self._is_sharded:
+            names = ("batch_size", "steps_per_epoch", "shuffle", "class_weight")
+            x = feeding.data_adapter(
+                context,
+                x=x,
+                y=y,
+                sample_weight=sample_weight,
+                **{name: kwargs[name] for name in names if name in kwargs},
+            )
+            y = sample_weight = None
+        super().__init__(x, y, sample_weight, **kwargs)
+
+    def __next__(self):
+        begin_step, end_step, batches = super().__next__()
+        if self._is_sharded:
+            return begin_step, end_step, batches[0]
+        return begin_step, end_step, batches

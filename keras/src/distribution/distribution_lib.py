@@ -1,0 +1,125 @@
+"""Overlay: the distribution API finds its torch backend here."""
+
+import re
+import warnings
+
+from keras.src.backend.torch import distribution_lib
+from keras.src.backend.torch.distribution import context as context_lib
+from keras.src.backend.torch.distribution import process_group
+from keras.src.backend.torch.distribution import sharded
+from keras.src.distribution import distribution_lib as upstream
+
+__all__ = [
+    "DataParallel",
+    "Distribution",
+    "ModelParallel",
+    "distribution_lib",
+    "set_distribution",
+]
+
+released_set_distribution = upstream.set_distribution
+
+
+class Distribution(upstream.Distribution):
+    @property
+    def data_shard_id(self):
+        """Coordinate of this process on the axis that batches are split over.
+
+        Whichever axis that is: processes are numbered by the whole mesh.
+        """
+        if self.num_processes == 1:
+            return 0
+        mesh = self.device_mesh.backend_mesh
+        axis = list(self.device_mesh.axis_names).index(self.batch_dim_name)
+        return mesh.get_local_rank(axis)
+
+    def distribute_dataset(self, dataset):
+        # `fit` cuts the batches of any source itself.
+        return dataset
+
+    def activate(self):
+        """Prepares what variables, layers and training ask for.
+
+        Collective the first time: every process calls it.
+        """
+        if process_group.num_processes() == 1:
+            # Errors of the mesh are errors on one device too.
+            self.device_mesh.backend_mesh
+            return
+        if not hasattr(self, context_lib.ATTRIBUTE):
+            context = context_lib.Context(self)
+            setattr(self, context_lib.ATTRIBUTE, context)
+
+
+class DataParallel(Distribution, upstream.DataParallel):
+    __doc__ = upstream.DataParallel.__doc__
+
+    @property
+    def num_model_replicas(self):
+        axis = list(self.device_mesh.axis_names).index(self.batch_dim_name)
+        return self.device_mesh.shape[axis]
+
+
+class ModelParallel(Distribution, upstream.ModelParallel):
+    __doc__ = upstream.ModelParallel.__doc__
+
+    def __init__(self, *, layout_map=None, batch_dim_name=None, **kwargs):
+        if batch_dim_name and isinstance(layout_map, upstream.LayoutMap):
+            names = list(layout_map.device_mesh.axis_names)
+            if batch_dim_name not in names:
+                raise ValueError(
+                    "`batch_dim_name` must name an axis of the mesh. Received: "
+                    f"batch_dim_name='{batch_dim_name}', mesh axes={names}"
+                )
+        super().__init__(
+            layout_map=layout_map, batch_dim_name=batch_dim_name, **kwargs
+        )
+        mesh = kwargs.get("device_mesh")
+        if mesh is not None and mesh is not layout_map.device_mesh:
+            raise ValueError(
+                "The layout map was made for another mesh. Received: "
+                f"device_mesh={mesh}, layout_map.device_mesh="
+                f"{layout_map.device_mesh}"
+            )
+
+    def parallelize(self, layer):
+        """Gives a layer that was just built the style of its variables."""
+        plan = distribution_lib.create_tp_plan_from_layout_map(
+            layer, self._layout_map
+        )
+        if plan:
+            context = getattr(self, context_lib.ATTRIBUTE)
+            distribution_lib.parallelize_torch_module(layer, context.mesh, plan)
+
+    def warn_of_unmatched_keys(self, paths):
+        """Says which keys of the layout map match none of the paths."""
+        for key in self._layout_map:
+            if key.endswith("/output") or any(
+                re.fullmatch(key, path) for path in paths
+            ):
+                continue
+            hint = ""
+            if any(re.search(key, path) for path in paths):
+                hint = f" A key must match a whole path: '.*{key}.*' would."
+            warnings.warn(
+                f"The key '{key}' of the layout map matches no variable of "
+                f"the model.{hint} The first paths are: {list(paths)[:5]}",
+                stacklevel=3,
+            )
+
+
+def set_distribution(value):
+    """Set the distribution as the global distribution setting.
+
+    Collective the first time for a distribution: every process calls it.
+
+    Args:
+        value: a `Distribution` instance, or None.
+    """
+    if hasattr(value, "activate"):
+        value.activate()
+    released_set_distribution(value)
+    context = context_lib.current()
+    sharded.allow_implicit_replication(
+        context is not None and context.model_mesh is not None
+    )

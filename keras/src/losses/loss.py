@@ -1,0 +1,84 @@
+"""Overlay: losses of local rows whose weighted mean is the global loss.
+
+In a step, the loss of a data shard is such that the mean over shards, weighted
+with their rows, is the loss of the global batch (see `distribution/rows.py`).
+A mean over rows is that already. A divisor that is not the number of rows must
+be our share of the global one, and a sum must be extrapolated to all rows.
+"""
+
+import torch
+import torch.distributed as dist
+
+from keras.src import ops
+from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution.context import current
+from keras.src.losses import loss as upstream
+
+__all__ = ["apply_mask", "reduce_values"]
+
+released_apply_mask = upstream.apply_mask
+released_reduce_values = upstream.reduce_values
+
+MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
+
+
+def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
+    """As Keras's.
+
+    Collective in a step with `"mean_with_sample_weight"` and sample weights:
+    every process of the data axis calls it.
+    """
+    context = _distributed()
+    if context is None or tuple(values.shape) == ():
+        return released_reduce_values(values, sample_weight, reduction)
+    if reduction == "sum":
+        weight = rows.weight(context)
+        return ops.sum(values) / weight if weight else ops.sum(values) * 0
+    if reduction == "mean_with_sample_weight" and sample_weight is not None:
+        return ops.divide_no_nan(
+            ops.sum(values),
+            _our_share(ops.sum(sample_weight), context, values.dtype),
+        )
+    if reduction in MEANS and not values.shape[0]:
+        return ops.sum(values)  # No row of ours: zero, that has a gradient.
+    return released_reduce_values(values, sample_weight, reduction)
+
+
+def apply_mask(sample_weight, mask, dtype, reduction):
+    """As Keras's.
+
+    Collective in a step with a mask and a mean: every process of the data axis
+    calls it.
+    """
+    context = _distributed()
+    if context is None or mask is None or reduction not in MEANS[:2]:
+        return released_apply_mask(sample_weight, mask, dtype, reduction)
+    # Valid entries weigh `total / valid`, as released Keras has it.
+    mask = ops.cast(mask, dtype)
+    total = ops.cast(ops.size(mask), dtype)
+    valid = _our_share(ops.sum(mask), context, mask.dtype)
+    weights = mask * ops.divide_no_nan(total, valid)
+    if sample_weight is None:
+        return weights
+    weights, sample_weight = upstream.squeeze_or_expand_to_same_rank(
+        weights, ops.cast(sample_weight, dtype)
+    )
+    return sample_weight * weights
+
+
+def _distributed():
+    context = current()
+    if context is None or context.data_size == 1:
+        return None
+    return context if rows.get_current_rows() is not None else None
+
+
+def _our_share(divisor, context, dtype):
+    """Our part, by rows, of the sum over data shards of a divisor."""
+    weight = rows.weight(context)
+    total = divisor.detach().to(torch.float32)
+    # Without rows of ours, what we computed on is not ours to count.
+    total = collectives.weighted(total, float(weight > 0)).clone()
+    dist.all_reduce(total, group=context.data_group)
+    return (total * weight).to(dtype)

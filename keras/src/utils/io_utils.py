@@ -1,0 +1,25 @@
+"""Overlay: messages appear once, from process 0."""
+
+from keras.src.utils import io_utils as upstream
+
+__all__ = ["is_interactive_logging_enabled", "print_msg"]
+
+released_is_interactive = upstream.is_interactive_logging_enabled
+released_print_msg = upstream.print_msg
+
+
+def is_interactive_logging_enabled():
+    # A summary goes straight to the screen where it is, else to `print_msg`.
+    return released_is_interactive() and _is_first()
+
+
+def print_msg(message, line_break=True):
+    if _is_first():
+        released_print_msg(message, line_break)
+
+
+def _is_first():
+    # Here, since Keras runs this module before its backend.
+    from keras.src.backend.torch.distribution import process_group
+
+    return process_group.is_first()
