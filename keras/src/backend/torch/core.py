@@ -78,7 +78,7 @@ class Variable(upstream.Variable):
             super()._direct_assign(sharded.whole(value))
 
     def _maybe_autocast(self, value):
-        return storage.present(super()._maybe_autocast(value))
+        return storage.present(super()._maybe_autocast(value), self)
 
     @property
     def trainable(self):

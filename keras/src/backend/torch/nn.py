@@ -1,11 +1,16 @@
-"""Overlay: attention on local heads, sharded classes, global moments."""
+"""Overlay: what runs on local shards, sharded classes, global moments."""
+
+import functools
+import inspect
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
+from keras.src.backend.config import standardize_data_format
 from keras.src.backend.torch import nn as upstream
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import convolution
 from keras.src.backend.torch.distribution import cross_entropy
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
@@ -13,15 +18,85 @@ from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.modes import modes
 
 __all__ = [
+    "adaptive_average_pool",
+    "adaptive_max_pool",
+    "average_pool",
+    "conv",
+    "conv_transpose",
+    "depthwise_conv",
     "dot_product_attention",
+    "max_pool",
     "moments",
     "sparse_categorical_crossentropy",
 ]
+
+FORMAT = "data_format"
 
 released_dot_product_attention = upstream.dot_product_attention
 released_moments = upstream.moments
 released_sparse_categorical_crossentropy = (
     upstream.sparse_categorical_crossentropy
+)
+
+
+def _sharded_convolution(released, letters_of):
+    """A convolution that runs on local shards of its channels.
+
+    Collective along the model axes if the input or the kernel is a DTensor:
+    see `contraction`.
+    """
+    signature = inspect.signature(released)
+
+    @functools.wraps(released)
+    def function(inputs, kernel, *args, **kwargs):
+        if convolution.mesh_of(inputs, kernel) is None:
+            return released(inputs, kernel, *args, **kwargs)
+        inputs = upstream.convert_to_tensor(inputs)
+        kernel = upstream.convert_to_tensor(kernel)
+        bound = signature.bind(inputs, kernel, *args, **kwargs)
+        data_format = standardize_data_format(bound.arguments.get(FORMAT))
+        return convolution.convolve(
+            lambda x, kernel: released(x, kernel, *args, **kwargs),
+            inputs,
+            kernel,
+            letters_of(inputs, kernel, data_format),
+        )
+
+    return function
+
+
+def _on_channels(released):
+    """A function of each row and each channel, on their shards.
+
+    Collective along the model axes where the input is cut along another dim.
+    """
+    signature = inspect.signature(released)
+
+    @functools.wraps(released)
+    def function(inputs, *args, **kwargs):
+        if not isinstance(inputs, DTensor):
+            return released(inputs, *args, **kwargs)
+        bound = signature.bind(inputs, *args, **kwargs)
+        return convolution.on_channels(
+            lambda x: released(x, *args, **kwargs),
+            inputs,
+            standardize_data_format(bound.arguments.get(FORMAT)),
+        )
+
+    return function
+
+
+adaptive_average_pool = _on_channels(upstream.adaptive_average_pool)
+adaptive_max_pool = _on_channels(upstream.adaptive_max_pool)
+average_pool = _on_channels(upstream.average_pool)
+max_pool = _on_channels(upstream.max_pool)
+# A separable convolution is a depthwise one and a plain one.
+conv = _sharded_convolution(upstream.conv, convolution.letters_of_convolution)
+conv_transpose = _sharded_convolution(
+    upstream.conv_transpose, convolution.letters_of_transposed
+)
+depthwise_conv = _sharded_convolution(
+    upstream.depthwise_conv, convolution.letters_of_depthwise
 )
 
 

@@ -8,13 +8,13 @@ from keras.src import callbacks as callbacks_module
 from keras.src import losses
 from keras.src import tree
 from keras.src.backend.torch import trainer as upstream
+from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import feeding
 from keras.src.backend.torch.distribution import logs as logs_lib
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import styles
 from keras.src.backend.torch.distribution.context import current
 
 __all__ = ["TorchEpochIterator", "TorchTrainer"]
@@ -84,15 +84,15 @@ class TorchTrainer(upstream.TorchTrainer):
         )
 
     def _compute_loss(self, *args, **kwargs):
-        return styles.whole(super()._compute_loss(*args, **kwargs))
+        return activations.whole(super()._compute_loss(*args, **kwargs))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if self._compile_metrics is not None:
-            y_pred = tree.map_structure(styles.whole, y_pred)
+            y_pred = tree.map_structure(activations.whole, y_pred)
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def _aggregate_additional_loss(self, loss):
-        return super()._aggregate_additional_loss(styles.whole(loss))
+        return super()._aggregate_additional_loss(activations.whole(loss))
 
     def _get_metrics_result_or_logs(self, logs):
         # The logs of a step are global; the metrics' own state is local.
@@ -158,7 +158,7 @@ class PredictStep(Step):
         return self.function(data)
 
     def finish(self, outputs, context):
-        outputs = tree.map_structure(styles.whole, outputs)
+        outputs = tree.map_structure(activations.whole, outputs)
         if context.data_size == 1 or not context.auto_shard:
             return outputs
         return tree.map_structure(

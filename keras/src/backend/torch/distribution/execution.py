@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor
 from keras.src import tree
 from keras.src.backend.common.keras_tensor import any_symbolic_tensors
 from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import gradients
 from keras.src.backend.torch.distribution import plan
 from keras.src.backend.torch.distribution import styles
@@ -27,7 +28,9 @@ def call(layer, context, args, kwargs):
         return Operation.__call__(layer, *args, **kwargs)
     modes.calls += 1
     try:
-        if context.model_mesh is None:
+        if modes.gathered is not None or (
+            context.model_mesh is None and not plan.is_recurrent(layer)
+        ):
             return Operation.__call__(layer, *args, **kwargs)
         style = plan.style_of(layer, context)
         if style is None and not layer._layers and _handed_shards(args, kwargs):
@@ -43,7 +46,7 @@ def call(layer, context, args, kwargs):
     finally:
         modes.calls -= 1
     if not modes.calls and not modes.sharded_outputs:
-        outputs = tree.map_structure(styles.whole, outputs)
+        outputs = tree.map_structure(activations.whole, outputs)
     return outputs
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
+from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution import styles
@@ -29,7 +30,7 @@ class LookupStyle(styles.ShardedStyle):
             and layer.quantization_mode is None
             and not layer.lora_enabled
             and not layer._remat_mode
-            and not styles.has_two_shards_on_a_dim(
+            and not activations.has_two_shards_on_a_dim(
                 getattr(layer._embeddings._value, "placements", ())
             )
         )
@@ -90,7 +91,7 @@ def look_up(layer, indices, context):
     for group in sums:
         vectors = collectives.AllReduce.apply(vectors, group)
     shape = (*indices.shape, width)
-    return styles.carry(vectors, context, placements, shape)
+    return activations.carry(vectors, context.model_mesh, placements, shape)
 
 
 def _compute_dtype(layer):

@@ -14,6 +14,7 @@ class _Modes(threading.local):
     calls = 0  # layer calls under way
     on_dtensors = False  # the innermost of them runs on DTensors
     whole = False  # the innermost of them runs on whole weights
+    gathered = None  # dict of whole weights, inside a layer that repeats itself
     local = False  # inside an elementwise update on local shards
     stored = False  # reading what is stored, even inside a layer's call
     sharded_outputs = False  # what leaves the outermost layer may be sharded
@@ -43,6 +44,11 @@ def on_dtensors():
 def on_whole_weights():
     """Within it, sharded variables are gathered when they are read."""
     return _set(on_dtensors=False, whole=True)
+
+
+def on_weights_gathered_once():
+    """Within it, all layers run on whole weights, each gathered once."""
+    return _set(on_dtensors=False, whole=True, gathered={})
 
 
 def on_plain_tensors():

@@ -8,6 +8,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import parallelize_module
 
 from keras.src import tree
+from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
@@ -110,19 +111,31 @@ def _check_not_taken(module, name):
 def style_of(layer, context):
     """The style of a layer that owns a variable sharded over a model axis.
 
+    Or of a recurrent layer with any sharded variable, itself or in its cells.
+
     Layers get their style when they are built; one whose variables came later
     gets it here. None for any other layer.
     """
-    own = own_variables(layer)
+    repeats = is_recurrent(layer)
+    own = layer.variables if repeats else own_variables(layer)
     if not own:
         return None
     known = layer.__dict__.get(_DECISION)
     if known is None or known[0] is not context or known[1] != len(own):
         style = None
-        if any(storage.is_model_sharded(v._value, context) for v in own):
+        if repeats:
+            if any(storage.is_laid_out_by(v._value, context) for v in own):
+                style = styles.RECURRENT
+        elif any(storage.is_model_sharded(v._value, context) for v in own):
             style = layer.__dict__.get(styles.STYLE) or style_class(layer)()
         known = layer.__dict__[_DECISION] = (context, len(own), style)
     return known[2]
+
+
+def is_recurrent(layer):
+    from keras.src.layers import RNN
+
+    return isinstance(layer, RNN)
 
 
 def named_keras_layers(module, prefix=""):
@@ -205,7 +218,7 @@ class TorchModuleStyle(styles.ShardedStyle):
                 )
 
         def enter(module, inputs, mesh):
-            replicate = styles.replicate(mesh)
+            replicate = activations.replicate(mesh)
             return tree.map_structure(
                 lambda x: (
                     sharded.Enter.apply(x, mesh, replicate, tuple(x.shape))

@@ -27,13 +27,16 @@ WORLD = 2
 def test_contraction_of_dense(shape, letters, output_shape):
     layer = layers.Dense(5)
     layer.build(shape)
-    contraction = projection.contraction(layer, len(shape))
+    contraction = projection.letters_of(layer, len(shape))
     assert (
         contraction.inputs,
         contraction.kernel,
         contraction.output,
     ) == letters
-    assert contraction.output_shape(shape, layer.kernel.shape) == output_shape
+    assert (
+        contraction.output_shape(shape, layer.kernel.shape, (0,) * len(shape))
+        == output_shape
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_contraction_of_einsum_dense(equation, output_shape, input_shape):
     layer = layers.EinsumDense(equation.replace(" ", ""), output_shape)
     layer.build(input_shape)
     layer.equation = equation
-    contraction = projection.contraction(layer, len(input_shape))
+    contraction = projection.letters_of(layer, len(input_shape))
     assert len(set(contraction.inputs)) == len(input_shape)
     x, kernel = torch.randn(input_shape), torch.randn(*layer.kernel.shape)
     expected = torch.einsum(equation, x, kernel)
@@ -67,7 +70,9 @@ def test_contraction_of_einsum_dense(equation, output_shape, input_shape):
     )
     torch.testing.assert_close(actual, expected)
     assert (
-        contraction.output_shape(input_shape, layer.kernel.shape)
+        contraction.output_shape(
+            input_shape, layer.kernel.shape, (0,) * len(contraction.output)
+        )
         == expected.shape
     )
 
@@ -75,9 +80,9 @@ def test_contraction_of_einsum_dense(equation, output_shape, input_shape):
 def test_contraction_is_kept_for_each_rank():
     layer = layers.Dense(5)
     layer.build((3, 4))
-    first = projection.contraction(layer, 2)
-    assert projection.contraction(layer, 3).inputs != first.inputs
-    assert projection.contraction(layer, 2) is first
+    first = projection.letters_of(layer, 2)
+    assert projection.letters_of(layer, 3).inputs != first.inputs
+    assert projection.letters_of(layer, 2) is first
 
 
 def rng():

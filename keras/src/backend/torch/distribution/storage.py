@@ -107,10 +107,14 @@ def penalty(regularizer, x):
     return sharded.whole(result)
 
 
-def present(value):
+def present(value, variable):
     """What a reader sees of the value of a variable; see `modes`.
 
     Collective inside a layer's call if the data axis shards the variable.
+
+    Args:
+        value: the stored value, perhaps cast to another dtype.
+        variable: whose value it is.
     """
     if not isinstance(value, DTensor):
         return _enter(value) if modes.on_dtensors else value
@@ -121,6 +125,15 @@ def present(value):
     context = current()
     if context is None or value.device_mesh != context.mesh:
         return value
+    if modes.gathered is None:
+        return _operand_of_a_layer(value, context)
+    key = (id(variable), value.dtype, torch.is_grad_enabled())
+    if key not in modes.gathered:
+        modes.gathered[key] = _operand_of_a_layer(value, context)
+    return modes.gathered[key]
+
+
+def _operand_of_a_layer(value, context):
     local, placements = operand(value, context)
     if not any(p.is_shard() for p in placements):
         return _enter(local) if modes.on_dtensors else local

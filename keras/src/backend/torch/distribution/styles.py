@@ -9,15 +9,14 @@ import logging
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from keras.src import tree
-from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.context import logger
 from keras.src.backend.torch.distribution.modes import on_dtensors
+from keras.src.backend.torch.distribution.modes import on_weights_gathered_once
 from keras.src.backend.torch.distribution.modes import on_whole_weights
 from keras.src.ops.operation import Operation
 
@@ -72,7 +71,7 @@ class ShardedStyle(ParallelStyle):
 
     def call_whole(self, layer, args, kwargs):
         """The layer's outputs, computed whole on every process."""
-        args, kwargs = tree.map_structure(whole, (args, kwargs))
+        args, kwargs = tree.map_structure(activations.whole, (args, kwargs))
         with on_whole_weights():
             return Operation.__call__(layer, *args, **kwargs)
 
@@ -81,86 +80,21 @@ class ShardedStyle(ParallelStyle):
         return f"{type(self).__name__}({axes})"
 
 
+class RecurrentStyle(ShardedStyle):
+    """Runs a recurrent layer on whole weights, gathered once for all steps.
+
+    Its cell is called for every step of a sequence: on shards it would
+    communicate as often.
+    """
+
+    def call(self, layer, context, args, kwargs):
+        args, kwargs = tree.map_structure(activations.whole, (args, kwargs))
+        with on_weights_gathered_once():
+            return Operation.__call__(layer, *args, **kwargs)
+
+
 GENERAL = ShardedStyle()
-
-
-def enter(x, context):
-    """A tensor as a DTensor of the model mesh, not partial."""
-    if isinstance(x, DTensor):
-        y = sharded.reduced(x)
-    elif isinstance(x, torch.Tensor) and x.is_floating_point():
-        y = sharded.Enter.apply(
-            x,
-            context.model_mesh,
-            context.model_placements_whole,
-            tuple(x.shape),
-        )
-    else:
-        return x
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        y._keras_mask = mask
-    return y
-
-
-def leave(x):
-    """What a layer hands on: never partial, plain if whole."""
-    if not isinstance(x, DTensor):
-        return x
-    y = sharded.reduced(x)
-    if sharded.is_whole(y):
-        y = sharded.Leave.apply(y)
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        y._keras_mask = mask
-    return y
-
-
-def whole(x):
-    """What a program outside of layers sees: plain, whole tensors.
-
-    But for outputs whose layout the user's layout map asks for.
-    """
-    if not isinstance(x, DTensor) or getattr(x, sharded.REQUESTED, False):
-        return x
-    y = sharded.whole(x)
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        y._keras_mask = sharded.whole(mask)
-    return y
-
-
-def local_activation(x, context):
-    """Local tensor and placements of what a layer is handed.
-
-    Collective along the axes where `x` is partial.
-    """
-    if not isinstance(x, DTensor):
-        return x, context.model_placements_whole
-    x = sharded.reduced(x)
-    return sharded.Leave.apply(x), tuple(x.placements)
-
-
-def carry(local, context, placements, shape):
-    """A local result as what the next layer is handed.
-
-    Collective along an axis whose shards would be of different sizes: there
-    the result is gathered, since most code fails on such shards.
-    """
-    for axis, placement in enumerate(placements):
-        size = context.model_mesh.size(axis)
-        if placement.is_shard() and shape[placement.dim] % size:
-            local = collectives.AllGather.apply(
-                local,
-                placement.dim,
-                shape[placement.dim],
-                context.model_mesh.get_group(axis),
-            )
-            placements = [*placements]
-            placements[axis] = Replicate()
-    if all(p.is_replicate() for p in placements):
-        return local
-    return sharded.Enter.apply(local, context.model_mesh, placements, shape)
+RECURRENT = RecurrentStyle()
 
 
 def log_call(layer, style, args, outputs):
@@ -200,18 +134,13 @@ def _has_empty_shard(x):
     return False
 
 
-def has_two_shards_on_a_dim(placements):
-    dims = [p.dim for p in placements if p.is_shard()]
-    return len(set(dims)) < len(dims)
-
-
 def _call_sharded(layer, context, args, kwargs):
     args, kwargs = tree.map_structure(
-        lambda x: enter(x, context), (args, kwargs)
+        lambda x: activations.enter(x, context.model_mesh), (args, kwargs)
     )
     with on_dtensors():
         outputs = Operation.__call__(layer, *args, **kwargs)
-    return tree.map_structure(leave, outputs)
+    return tree.map_structure(activations.leave, outputs)
 
 
 def _why_not_sharded(layer, context, args, kwargs):
@@ -301,7 +230,3 @@ def _reason(error):
     """The first line of an error, without what Keras puts around it."""
     text = str(error).partition("\x1b[1m")[2] or str(error)
     return text.strip().splitlines()[0][:200]
-
-
-def replicate(mesh):
-    return (Replicate(),) * mesh.ndim

@@ -1,0 +1,182 @@
+"""An input contracted with a kernel, on local shards.
+
+A dense projection, an einsum and a convolution all contract. On one mesh axis,
+a dim of the kernel that is sharded is one of:
+
+- an output dim ("column"): y_j = x W_j. Each process holds columns, uses the
+  whole input, and gives its part of the output. The gradient of the input is a
+  sum over processes.
+- a contracted dim ("row"): y = sum_j x_j W_j. Each process uses its part of
+  the input; the output is a sum over processes.
+- both an input and an output dim: y_j = x_j W_j, no communication.
+
+So column -> activation -> row communicates once forward and once backward
+(Shoeybi et al., 2019).
+"""
+
+import torch
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Shard
+
+from keras.src.backend.torch.distribution import activations
+from keras.src.backend.torch.distribution import collectives
+
+COLUMN_INPUT = "_keras_column_input"
+
+
+class Contraction:
+    """The letters of an einsum equation, one for each dim.
+
+    Args:
+        equation: string, `"inputs,kernel->output"`.
+        uncut: letters of the kernel that cannot be cut for computing (a
+            convolution's window, say).
+        multiples: dict from letters to a number that shards must divide.
+        widths: dict from letters of the kernel to how many elements of the
+            output one of its elements becomes (1 for those left out).
+
+    >>> c = Contraction("abc,cd->abd")
+    >>> c.inputs, c.kernel, c.output
+    ('abc', 'cd', 'abd')
+    """
+
+    def __init__(self, equation, uncut="", multiples=None, widths=None):
+        operands, self.output = equation.split("->")
+        self.inputs, self.kernel = operands.split(",")
+        self.uncut = uncut
+        self.multiples = multiples or {}
+        self.widths = widths or {}
+
+    def can_cut(self, letter, shards):
+        """Whether a dim of the kernel may be cut into so many shards."""
+        if letter in self.uncut:
+            return False
+        return self.multiples.get(letter, 0) % shards == 0
+
+    def output_shape(self, input_shape, kernel_shape, local):
+        """The global shape of an output with this local shape."""
+        sizes = dict(zip(self.inputs, input_shape))
+        for letter, size in zip(self.kernel, kernel_shape):
+            sizes[letter] = size * self.widths.get(letter, 1)
+        # Letters of neither are dims that the contraction makes, whole.
+        return tuple(
+            sizes.get(letter, size) for letter, size in zip(self.output, local)
+        )
+
+
+class Operands:
+    """What this process contracts, and what it gets.
+
+    Attributes:
+        x, kernel: plain tensors, our shards.
+        placements: those of the result once it is summed, one for each axis.
+        sums: process groups to sum the result over.
+    """
+
+    def __init__(self, x, kernel, placements, sums):
+        self.x, self.kernel = x, kernel
+        self.placements, self.sums = placements, sums
+
+    def reduced(self, y):
+        """The sum of the results. Collective over `sums`."""
+        for group in self.sums:
+            y = collectives.AllReduce.apply(y, group)
+        return y
+
+
+def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
+    """Cuts and gathers an input and a kernel to fit each other.
+
+    Collective along the model axes, as above.
+
+    Args:
+        inputs: tensor, whole (plain) or sharded (a DTensor of `mesh`).
+        kernel: plain tensor, our shard.
+        kernel_placements: one for each axis of `mesh`.
+        shape: the global shape of the kernel.
+        letters: the `Contraction`.
+        mesh: torch mesh of the model axes.
+
+    Returns:
+        `Operands`.
+    """
+    x, x_placements = activations.local(inputs, mesh)
+    placements, sums, shared = [], [], []
+    steps = ()  # what has been done to the input, for those who share it
+    for axis in range(mesh.ndim):
+        group, shards = mesh.get_group(axis), mesh.size(axis)
+        kernel_dim = dim_of(kernel_placements[axis])
+        x_dim = dim_of(x_placements[axis])
+        if kernel_dim is not None and not letters.can_cut(
+            letters.kernel[kernel_dim], shards
+        ):
+            kernel = collectives.AllGather.apply(
+                kernel, kernel_dim, shape[kernel_dim], group
+            )
+            kernel_dim = None
+        if kernel_dim is None and x_dim is not None:
+            letter = letters.inputs[x_dim]
+            if letter not in letters.kernel:
+                # Rows, say, of a sequence: each process sees its own.
+                shared.append(group)
+                placements.append(Shard(letters.output.index(letter)))
+                continue
+            if letter in letters.output and letters.can_cut(letter, shards):
+                kernel_dim = letters.kernel.index(letter)
+                kernel = collectives.Slice.apply(kernel, kernel_dim, group)
+        if kernel_dim is None:
+            if x_dim is not None:
+                x = _gather(x, x_dim, inputs, group)
+                steps += (("gather", axis),)
+            placements.append(Replicate())
+            continue
+        letter = letters.kernel[kernel_dim]
+        if letter not in letters.inputs:  # column
+            steps += (("column", axis),)
+            x = _column_input(x, x_dim, inputs, steps, group)
+            placements.append(Shard(letters.output.index(letter)))
+            continue
+        wanted = letters.inputs.index(letter)
+        if x_dim != wanted:
+            if x_dim is not None:
+                x = _gather(x, x_dim, inputs, group)
+            x = collectives.Slice.apply(x, wanted, group)
+            steps += (("slice", axis, wanted),)
+        if letter in letters.output:
+            placements.append(Shard(letters.output.index(letter)))
+        else:  # row
+            sums.append(group)
+            placements.append(Replicate())
+    for group in shared:
+        kernel = collectives.AllReduceGradient.apply(kernel, group)
+    return Operands(x, kernel, placements, sums)
+
+
+def _gather(x, dim, inputs, group):
+    return collectives.AllGather.apply(x, dim, inputs.shape[dim], group)
+
+
+def _column_input(x, x_dim, inputs, steps, group):
+    """The whole input, whose gradient is a sum over processes.
+
+    Layers that share an input (query, key and value) share this too, so that
+    the gradient is summed once for all of them.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        if x_dim is None:
+            return x
+        return collectives.all_gather(x, x_dim, inputs.shape[x_dim], group)
+    shared = inputs.__dict__.setdefault(COLUMN_INPUT, {})
+    key = (steps, x.dtype)
+    if key not in shared:
+        if x_dim is None:
+            shared[key] = collectives.AllReduceGradient.apply(x, group)
+        else:
+            shared[key] = collectives.AllGatherPartial.apply(
+                x, x_dim, inputs.shape[x_dim], group
+            )
+    return shared[key]
+
+
+def dim_of(placement):
+    return placement.dim if placement.is_shard() else None
