@@ -13,11 +13,38 @@ __all__ = [
     "DataParallel",
     "Distribution",
     "ModelParallel",
+    "TensorLayout",
     "distribution_lib",
     "set_distribution",
 ]
 
 released_set_distribution = upstream.set_distribution
+
+
+class TensorLayout(upstream.TensorLayout):
+    """A layout to apply to a tensor.
+
+    Args:
+        axes: tuple, for each dim the name of the mesh axis that cuts it, a
+            tuple of names (the first cuts the whole dim, the next each of its
+            chunks), or `None`.
+        device_mesh: optional `DeviceMesh` that the names belong to.
+
+    Raises:
+        ValueError: if the mesh lacks an axis.
+    """
+
+    def _validate_axes(self):
+        if self._device_mesh is None:
+            return
+        valid = list(self._device_mesh.axis_names)
+        for axis in self._axes:
+            names = axis if isinstance(axis, (tuple, list)) else (axis,)
+            if any(n is not None and n not in valid for n in names):
+                raise ValueError(
+                    "Invalid axis names for Layout. Valid axis names: "
+                    f"{valid}. Received: axes={self._axes}"
+                )
 
 
 class Distribution(upstream.Distribution):

@@ -7,7 +7,9 @@ from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch import core as upstream
 from keras.src.backend.torch.distribution import checks
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import modes
+from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
@@ -24,6 +26,7 @@ class Variable(upstream.Variable):
     # Of the whole value that a sharded one was cut of, until it is assigned.
     _initial_checksum = None
 
+    @modes.direct()
     def _initialize(self, value):
         context = current()
         if context is None:
@@ -53,6 +56,7 @@ class Variable(upstream.Variable):
         if self._value.requires_grad:
             self._hook()
 
+    @modes.direct()
     def _hook(self):
         """Lets backward reduce the gradient; done once, when it is needed."""
         context = self._context
@@ -62,7 +66,7 @@ class Variable(upstream.Variable):
             keep_plain(value)
         if context.reducer is not None and not (
             storage.is_laid_out_by(value, context)
-            and value.placements[context.data_axis].is_shard()
+            and cuts.is_cut(value.placements[context.data_axis])
         ):
             context.reducer.register(value, self)
 
@@ -70,6 +74,7 @@ class Variable(upstream.Variable):
         with modes.drawing_initial_values():
             super()._initialize_with_initializer(initializer)
 
+    @modes.direct()
     def _direct_assign(self, value):
         if isinstance(self._value, DTensor):
             self._initial_checksum = None
@@ -118,10 +123,11 @@ def convert_to_numpy(x):
     Collective if `x` holds DTensors: every process of their mesh calls it.
     """
     if isinstance(x, DTensor):
-        x = x.detach().full_tensor()
+        x = storage.whole(x.detach())
     elif isinstance(x, (list, tuple)):
         x = [
-            e.detach().full_tensor() if isinstance(e, DTensor) else e for e in x
+            storage.whole(e.detach()) if isinstance(e, DTensor) else e
+            for e in x
         ]
     return released_convert_to_numpy(x)
 
@@ -131,6 +137,15 @@ def remat(f):
 
     def wrapped(*args, **kwargs):
         again = modes.as_now()
-        return released_remat(again(f))(*args, **kwargs)
+        context = current()
+
+        @again
+        def function(*args, **kwargs):
+            if context is None:
+                return f(*args, **kwargs)
+            with operators.on_shards(context):
+                return f(*args, **kwargs)
+
+        return released_remat(function)(*args, **kwargs)
 
     return wrapped

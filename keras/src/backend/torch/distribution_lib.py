@@ -8,7 +8,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.core import convert_to_tensor
+from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import context as context_lib
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import mesh as mesh_lib
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
@@ -310,17 +312,14 @@ def _placements(layout, shape):
             "The device mesh of the layout is not set. Received: "
             f"layout={layout}"
         )
-    names = list(layout.device_mesh.axis_names)
-    return context_lib.layout_placements(layout, names, shape, "tensor")
+    mesh = layout.device_mesh.backend_mesh
+    return context_lib.layout_placements(layout, mesh, shape, "tensor")
 
 
 def _cut(tensor, mesh, placements):
     local = tensor
-    for axis, placement in enumerate(placements):
-        if placement.is_shard():
-            local = storage.collectives.Slice.apply(
-                local, placement.dim, mesh.get_group(axis)
-            )
+    for dim, axis in cuts.of_placements(placements, tuple(mesh.shape)):
+        local = collectives.Slice.apply(local, dim, mesh.get_group(axis))
     return local, mesh, placements, tuple(tensor.shape)
 
 

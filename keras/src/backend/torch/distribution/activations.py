@@ -86,11 +86,6 @@ def carry(local, mesh, placements, shape):
     return sharded.Enter.apply(local, mesh, placements, shape)
 
 
-def has_two_shards_on_a_dim(placements):
-    dims = [p.dim for p in placements if p.is_shard()]
-    return len(set(dims)) < len(dims)
-
-
 def replicate(mesh):
     """The placements of a whole tensor."""
     return (Replicate(),) * mesh.ndim

@@ -46,6 +46,10 @@ def shard_of(x, dim, group):
 
 def all_gather(x, dim, size, group):
     """The whole tensor, of `size` along `dim`, from the shards of a group."""
+    if x.dtype == torch.bool:
+        # gloo has no booleans.
+        x = x.contiguous().view(torch.uint8)
+        return all_gather(x, dim, size, group).view(torch.bool)
     shards = dist.get_world_size(group)
     width = -(-size // shards)
     if x.shape[dim] != width:

@@ -3,11 +3,10 @@
 import logging
 
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor import Shard
 
 from keras.src.backend.common import global_state
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import mesh as mesh_lib
-from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution.gradients import Reducer
 
 logger = logging.getLogger("keras.distribution")
@@ -63,7 +62,6 @@ class Context:
         self.model_mesh = None
         self.model_size = 1
         if self.model_axes:
-            operators.register()
             self.model_mesh = self.mesh[
                 tuple(names[i] for i in self.model_axes)
             ]
@@ -73,6 +71,11 @@ class Context:
         self.reducer = Reducer(self) if self.data_size > 1 else None
 
     @property
+    def has_layouts(self):
+        """Whether variables may be sharded."""
+        return hasattr(self.distribution, "_layout_map")
+
+    @property
     def auto_shard(self):
         return self.distribution.auto_shard_dataset
 
@@ -80,8 +83,8 @@ class Context:
         """One placement for each axis of the mesh.
 
         Args:
-            layout: `TensorLayout`, an axis name or None for each dim; dims
-                that it leaves out are not sharded.
+            layout: `TensorLayout`, an axis name, a tuple of them, or None for
+                each dim; dims that it leaves out are not sharded.
             shape: the global shape of the tensor.
             path: the tensor's name, for errors.
 
@@ -90,23 +93,35 @@ class Context:
                 axis twice, or belongs to another mesh.
         """
         return layout_placements(
-            layout, self.axis_names, shape, path, self.distribution.device_mesh
+            layout, self.mesh, shape, path, self.distribution.device_mesh
         )
 
     def model_placements(self, placements):
         """Those of `placements` that belong to `model_mesh`, in its order."""
-        return tuple(placements[i] for i in self.model_axes)
+        own = [placements[i] for i in self.model_axes]
+        if not own or not cuts.has_several_on_a_dim(placements):
+            return tuple(own)
+        pairs = cuts.of_placements(tuple(placements), tuple(self.mesh.shape))
+        return cuts.to_placements(
+            [
+                (dim, self.model_axes.index(axis))
+                for dim, axis in pairs
+                if axis in self.model_axes
+            ],
+            tuple(self.model_mesh.shape),
+        )
 
     def is_sharded(self, placements):
         """Whether any axis of size > 1 shards."""
         return any(
-            p.is_shard() and self.mesh.size(i) > 1
+            cuts.is_cut(p) and self.mesh.size(i) > 1
             for i, p in enumerate(placements)
         )
 
 
-def layout_placements(layout, axis_names, shape, path, device_mesh=None):
+def layout_placements(layout, mesh, shape, path, device_mesh=None):
     """Tensor dims -> axis names becomes mesh axes -> placements."""
+    axis_names = list(mesh.mesh_dim_names)
     axes = tuple(layout.axes)
     if len(axes) > len(shape):
         raise ValueError(
@@ -124,20 +139,21 @@ def layout_placements(layout, axis_names, shape, path, device_mesh=None):
                 f"distribution. Received: {layout.device_mesh}, expected "
                 f"{device_mesh}"
             )
-    placements = [Replicate()] * len(axis_names)
-    for dim, name in enumerate(axes):
-        if name is None:
+    pairs = []
+    for dim, names in enumerate(axes):
+        if names is None:
             continue
-        if name not in axis_names:
-            raise ValueError(
-                f"The layout of '{path}' names an axis that the mesh lacks. "
-                f"Received: axis '{name}', mesh axes={list(axis_names)}"
-            )
-        axis = axis_names.index(name)
-        if placements[axis].is_shard():
-            raise ValueError(
-                f"The layout of '{path}' uses the axis '{name}' for two dims. "
-                f"Received: layout axes={axes}"
-            )
-        placements[axis] = Shard(dim)
-    return tuple(placements)
+        for name in (names,) if isinstance(names, str) else names:
+            if name not in axis_names:
+                raise ValueError(
+                    f"The layout of '{path}' names an axis that the mesh "
+                    f"lacks. Received: axis '{name}', mesh axes={axis_names}"
+                )
+            axis = axis_names.index(name)
+            if any(axis == other for _, other in pairs):
+                raise ValueError(
+                    f"The layout of '{path}' uses the axis '{name}' twice. "
+                    f"Received: layout axes={axes}"
+                )
+            pairs.append((dim, axis))
+    return cuts.to_placements(pairs, tuple(mesh.shape))

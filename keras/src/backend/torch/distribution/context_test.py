@@ -1,9 +1,12 @@
+import types
+
 import numpy as np
 import pytest
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
 from keras.src.backend.torch.distribution import context as context_lib
+from keras.src.backend.torch.distribution import cuts
 from keras.src.distribution import distribution_lib
 from keras.src.distribution.distribution_lib import DeviceMesh
 from keras.src.distribution.distribution_lib import LayoutMap
@@ -13,8 +16,9 @@ DEVICES = [f"cpu:{i}" for i in range(4)]
 
 
 def placements(axes, shape=(8, 8), names=("batch", "model")):
+    mesh = types.SimpleNamespace(mesh_dim_names=names, shape=(2,) * len(names))
     return context_lib.layout_placements(
-        TensorLayout(axes), list(names), shape, "dense/kernel"
+        TensorLayout(axes), mesh, shape, "dense/kernel"
     )
 
 
@@ -26,6 +30,12 @@ def placements(axes, shape=(8, 8), names=("batch", "model")):
         (("model", None), (Replicate(), Shard(0))),
         (("batch", "model"), (Shard(0), Shard(1))),
         (("model", "batch"), (Shard(1), Shard(0))),
+        # Several axes on a dim; in the order of the mesh, or in another.
+        ((("batch", "model"), None), (Shard(0), Shard(0))),
+        (
+            (None, ("model", "batch")),
+            cuts.to_placements([(1, 1), (1, 0)], (2, 2)),
+        ),
         # Dims that the layout leaves out are not sharded.
         (("model",), (Replicate(), Shard(0))),
         ((), (Replicate(), Replicate())),
@@ -63,8 +73,10 @@ def test_layout_with_an_unknown_axis():
 
 
 def test_layout_with_an_axis_twice():
-    with pytest.raises(ValueError, match="dense/kernel.*'model' for two dims"):
+    with pytest.raises(ValueError, match="dense/kernel.*'model' twice"):
         placements(("model", "model"))
+    with pytest.raises(ValueError, match="dense/kernel.*'model' twice"):
+        placements((("model", "batch", "model"), None))
 
 
 def test_layout_of_another_mesh(fake_world):
@@ -75,14 +87,14 @@ def test_layout_of_another_mesh(fake_world):
     for layout_mesh in (mesh, equal, None):
         assert context_lib.layout_placements(
             TensorLayout(("model",), layout_mesh),
-            ["batch", "model"],
+            mesh.backend_mesh,
             (8,),
             "v",
             mesh,
         ) == (Replicate(), Shard(0))
     with pytest.raises(ValueError, match=r"'v' belongs to another mesh"):
         context_lib.layout_placements(
-            TensorLayout(("model",), other), ["batch", "model"], (8,), "v", mesh
+            TensorLayout(("model",), other), mesh.backend_mesh, (8,), "v", mesh
         )
 
 

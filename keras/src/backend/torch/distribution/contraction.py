@@ -102,10 +102,11 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
     """
     x, x_placements = activations.local(inputs, mesh)
     placements, sums, shared = [], [], []
-    steps = ()  # what has been done to the input, for those who share it
+    gathers, columns, slices = [], [], []
+    cut_dims = [dim_of(p) for p in kernel_placements]
     for axis in range(mesh.ndim):
         group, shards = mesh.get_group(axis), mesh.size(axis)
-        kernel_dim = dim_of(kernel_placements[axis])
+        kernel_dim = cut_dims[axis]
         x_dim = dim_of(x_placements[axis])
         if kernel_dim is not None and not letters.can_cut(
             letters.kernel[kernel_dim], shards
@@ -121,32 +122,45 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
                 shared.append(group)
                 placements.append(Shard(letters.output.index(letter)))
                 continue
-            if letter in letters.output and letters.can_cut(letter, shards):
-                kernel_dim = letters.kernel.index(letter)
+            kernel_dim = letters.kernel.index(letter)
+            if (
+                letter in letters.output
+                and letters.can_cut(letter, shards)
+                and kernel_dim not in cut_dims
+            ):
                 kernel = collectives.Slice.apply(kernel, kernel_dim, group)
+            else:
+                kernel_dim = None
         if kernel_dim is None:
             if x_dim is not None:
-                x = _gather(x, x_dim, inputs, group)
-                steps += (("gather", axis),)
+                gathers.append((axis, x_dim))
             placements.append(Replicate())
             continue
         letter = letters.kernel[kernel_dim]
         if letter not in letters.inputs:  # column
-            steps += (("column", axis),)
-            x = _column_input(x, x_dim, inputs, steps, group)
+            columns.append((axis, x_dim))
             placements.append(Shard(letters.output.index(letter)))
             continue
         wanted = letters.inputs.index(letter)
         if x_dim != wanted:
             if x_dim is not None:
-                x = _gather(x, x_dim, inputs, group)
-            x = collectives.Slice.apply(x, wanted, group)
-            steps += (("slice", axis, wanted),)
+                gathers.append((axis, x_dim))
+            slices.append((axis, wanted))
         if letter in letters.output:
             placements.append(Shard(letters.output.index(letter)))
         else:  # row
             sums.append(group)
             placements.append(Replicate())
+    # What is gathered is gathered before another axis cuts the same dim.
+    steps = ()  # what has been done to the input, for those who share it
+    for axis, dim in gathers:
+        steps += (("gather", axis),)
+        x = _gather(x, dim, inputs, mesh.get_group(axis))
+    for axis, dim in columns:
+        steps += (("column", axis),)
+        x = _column_input(x, dim, inputs, steps, mesh.get_group(axis))
+    for axis, dim in slices:
+        x = collectives.Slice.apply(x, dim, mesh.get_group(axis))
     for group in shared:
         kernel = collectives.AllReduceGradient.apply(kernel, group)
     return Operands(x, kernel, placements, sums)

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Replicate
 
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import contraction
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
 
 WINDOW = "xyz"  # dims of the window; capital letters in the output
@@ -85,7 +86,7 @@ def channel_dim(ndim, data_format):
 
 def _one_axis_a_dim(x):
     placements = getattr(x, "placements", ())
-    if activations.has_two_shards_on_a_dim(placements):
+    if cuts.has_several_on_a_dim(placements):
         return sharded.whole(x)
     return x
 

@@ -8,6 +8,7 @@ from keras.src.backend.common.keras_tensor import any_symbolic_tensors
 from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import gradients
+from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import plan
 from keras.src.backend.torch.distribution import styles
 from keras.src.backend.torch.distribution.modes import modes
@@ -26,7 +27,15 @@ def call(layer, context, args, kwargs):
     """
     if core.get_device() == "meta" or any_symbolic_tensors(args, kwargs):
         return Operation.__call__(layer, *args, **kwargs)
+    if modes.on_shards or not context.has_layouts:
+        return _call(layer, context, args, kwargs)
+    with operators.on_shards(context):
+        return _call(layer, context, args, kwargs)
+
+
+def _call(layer, context, args, kwargs):
     modes.calls += 1
+    outer, modes.layer = modes.layer, layer
     try:
         if modes.gathered is not None or (
             context.model_mesh is None and not plan.is_recurrent(layer)
@@ -45,6 +54,7 @@ def call(layer, context, args, kwargs):
             tree.map_structure(_keep_gradient_plain, outputs)
     finally:
         modes.calls -= 1
+        modes.layer = outer
     if not modes.calls and not modes.sharded_outputs:
         outputs = tree.map_structure(activations.whole, outputs)
     return outputs

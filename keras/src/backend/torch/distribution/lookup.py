@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution import styles
 
@@ -30,7 +31,7 @@ class LookupStyle(styles.ShardedStyle):
             and layer.quantization_mode is None
             and not layer.lora_enabled
             and not layer._remat_mode
-            and not activations.has_two_shards_on_a_dim(
+            and not cuts.has_several_on_a_dim(
                 getattr(layer._embeddings._value, "placements", ())
             )
         )

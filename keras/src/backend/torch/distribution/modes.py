@@ -12,6 +12,9 @@ import threading
 class _Modes(threading.local):
     # Threads: autograd may run a layer again (activation checkpointing).
     calls = 0  # layer calls under way
+    layer = None  # the innermost of them
+    on_shards = False  # torch functions are handed shards: see `operators`
+    direct = False  # torch functions are left to torch
     on_dtensors = False  # the innermost of them runs on DTensors
     whole = False  # the innermost of them runs on whole weights
     gathered = None  # dict of whole weights, inside a layer that repeats itself
@@ -71,6 +74,11 @@ def stored_values():
     return _set(stored=True)
 
 
+def direct():
+    """Within it, torch functions do with DTensors what torch has for them."""
+    return _set(direct=True)
+
+
 def drawing_initial_values():
     """Within it, random numbers are equal on all processes."""
     return _set(drawing=True)
@@ -78,5 +86,10 @@ def drawing_initial_values():
 
 def as_now():
     """The modes as they are, to be entered again later."""
-    names = [name for name in vars(_Modes) if not name.startswith("_")]
+    names = [
+        name
+        for name in vars(_Modes)
+        # That one is entered, not set.
+        if not name.startswith("_") and name != "on_shards"
+    ]
     return _set(**{name: getattr(modes, name) for name in names})

@@ -1,42 +1,252 @@
-"""Sharding rules for operators that torch has none for."""
+"""What a torch function does when it is handed shards.
 
-import functools
+torch's DTensors lack rules for many operators, or for their gradients, and
+some of their rules give wrong numbers. So while layers run, every torch
+function that is handed a shard goes through one table:
+
+- functions of single numbers run on the local shards;
+- functions whose rule is known to be right, forward and backward, run on
+  DTensors (a test walks them);
+- any other function runs on whole values: its inputs are gathered, and what it
+  returns is plain.
+
+No function hands on a partial sum.
+"""
+
+import contextlib
+import logging
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor import Shard
-from torch.distributed.tensor.experimental import register_sharding
+from torch.overrides import TorchFunctionMode
 
-# torch 2.13 knows these activations, but not their gradients.
-ELEMENTWISE = (
-    "hardshrink_backward",
-    "hardsigmoid_backward",
-    "hardswish_backward",
-    "hardtanh_backward",
-    "log_sigmoid_backward",
-    "softshrink_backward",
+from keras.src import tree
+from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.modes import modes
+
+logger = logging.getLogger("keras.distribution")
+
+# They ask what a tensor is, and touch no number.
+QUESTIONS = frozenset(
+    """
+    __get__ __set__ __delete__ __len__ __hash__ __repr__ __format__ __dir__
+    size dim ndimension stride numel nelement element_size get_device
+    is_floating_point is_complex is_contiguous is_signed is_inference is_tensor
+    storage_offset dim_order requires_grad_ retain_grad register_hook
+    register_post_accumulate_grad_hook
+    is_same_size result_type can_cast backward has_torch_function
+    """.split()
+)
+
+# Functions of single numbers, of one tensor.
+ELEMENTWISE = frozenset(
+    """
+    abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh
+    asin asinh atan atanh bfloat16 bitwise_not bool byte ceil celu clamp
+    clamp_max clamp_min clip clone conj_physical contiguous cos cosh deg2rad
+    detach digamma double elu erf erfc erfinv exp exp2 expm1 fix float floor
+    frac full_like gelu half hardshrink hardsigmoid hardswish hardtanh i0 int
+    isfinite isinf isnan isneginf isposinf isreal leaky_relu lgamma log log10
+    log1p log2 logical_not logit logsigmoid log_sigmoid long mish mvlgamma
+    nan_to_num neg negative ones_like positive rad2deg reciprocal relu relu6
+    round rsqrt selu sgn short sigmoid sign signbit silu sin sinc sinh softplus
+    softshrink softsign sqrt square tan tanh tanhshrink threshold to trunc type
+    type_as zeros_like
+    """.split()
+)
+
+# DTensor's rules for them are right, forward and backward.
+SHARDED = frozenset(
+    """
+    __add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__
+    __imul__ __isub__ __itruediv__ __le__ __lt__ __matmul__ __mod__ __mul__
+    __ne__ __neg__ __or__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__
+    __rtruediv__ __sub__ __truediv__ __invert__ __abs__
+    add add_ sub sub_ subtract subtract_ mul mul_ multiply multiply_ div div_
+    divide divide_ true_divide rsub pow square_ maximum minimum where
+    eq ne lt le gt ge equal not_equal less greater less_equal greater_equal
+    logical_and logical_or logical_xor addcmul addcdiv copy_ rsqrt_ sqrt_ exp_
+    relu_ neg_ fill_ zero_
+    matmul mm bmm linear einsum
+    sum mean softmax log_softmax
+    permute transpose movedim moveaxis swapaxes swapdims t reshape view flatten
+    unflatten unsqueeze squeeze expand expand_as broadcast_to concat
+    concatenate cat stack split chunk narrow select
+    """.split()
 )
 
 
-@functools.cache
-def register():
-    """Adds the rules to DTensor's, once for each process."""
-    operators = [getattr(torch.ops.aten, name).default for name in ELEMENTWISE]
-    register_sharding(operators)(_elementwise)
+# What DTensor raises where a rule is missing or does not fit. Not more: a
+# checkpoint ends its recomputation by an exception of its own.
+FAILURES = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
-def _elementwise(*args):
-    """All tensors cut along the same dim, or all whole."""
-    ndim = args[0].ndim
+@contextlib.contextmanager
+def on_shards(context):
+    """Within it, torch functions may be handed shards."""
+    if modes.on_shards or not context.has_layouts:
+        yield
+        return
+    modes.on_shards = True
+    try:
+        with OnShards(context):
+            yield
+    finally:
+        modes.on_shards = False
 
-    def alike(placement):
-        inputs = [
-            # On a GPU `log_sigmoid` keeps no buffer, but hands in one.
-            (placement if x.ndim == ndim else Replicate())
-            if hasattr(x, "ndim")
-            else None
-            for x in args
-        ]
-        return [placement], inputs
 
-    return [alike(Replicate()), *(alike(Shard(dim)) for dim in range(ndim))]
+class OnShards(TorchFunctionMode):
+    """While it is active, torch functions may be handed shards.
+
+    Collective along the model axes where a function gathers.
+    """
+
+    def __init__(self, context):
+        super().__init__()
+        self.meshes = (context.model_mesh, context.mesh)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if modes.direct:
+            return func(*args, **kwargs)
+        shards = []
+        _find_shards((*args, *kwargs.values()), shards)
+        name = getattr(func, "__name__", "")
+        if not shards or name in QUESTIONS:
+            return func(*args, **kwargs)
+        model_mesh, mesh = self.meshes
+        meshes = {x.device_mesh for x in shards}
+        if not meshes <= {model_mesh, mesh}:
+            # Those of a plan that somebody wrote for a torch module.
+            return func(*args, **kwargs)
+        if name in ELEMENTWISE and _is_of_one_tensor(args, kwargs):
+            return on_local_shard(func, *args, **kwargs)
+        if mesh in meshes:
+            why = "the value of a variable was read outside of layers"
+            return on_whole_values(func, args, kwargs, why)
+        if name in SHARDED and _can_be_sharded(func, args, kwargs):
+            try:
+                return on_dtensors(func, args, kwargs)
+            except FAILURES as error:
+                # No rule for these shards. An error of the program's own comes
+                # again below, in its own words.
+                why = str(error)
+        else:
+            why = "it has no rule"
+        return on_whole_values(func, args, kwargs, why)
+
+
+def on_local_shard(func, x, *args, **kwargs):
+    """`func` of single numbers. Does not communicate."""
+    mesh, placements, shape = x.device_mesh, x.placements, tuple(x.shape)
+    local = func(sharded.Leave.apply(x), *args, **kwargs)
+    return sharded.Enter.apply(local, mesh, placements, shape)
+
+
+def on_dtensors(func, args, kwargs):
+    """`func` by DTensor's own rule; what it returns is not partial.
+
+    Collective along the model axes where the rule asks for it.
+    """
+    mesh = next(
+        x.device_mesh
+        for x in tree.flatten((args, kwargs))
+        if isinstance(x, DTensor)
+    )
+
+    def enter(x):
+        # Its gradient must come back plain, to the plain code that made it.
+        if isinstance(x, DTensor) or not x.requires_grad:
+            return x
+        whole = (Replicate(),) * mesh.ndim
+        return sharded.Enter.apply(x, mesh, whole, tuple(x.shape))
+
+    args, kwargs = _map(enter, (args, kwargs))
+    return _map(_reduced, func(*args, **kwargs))
+
+
+def _reduced(x):
+    return sharded.reduced(x) if isinstance(x, DTensor) else x
+
+
+def on_whole_values(func, args, kwargs, why):
+    """`func` on gathered values; what it returns is plain.
+
+    Collective along the model axes of each shard that it is handed.
+    """
+    _log(func, why)
+    target = args[0] if args else None
+    args, kwargs = _map(sharded.whole, (args, kwargs))
+    if not isinstance(target, DTensor) or not _is_in_place(func):
+        return func(*args, **kwargs)
+    func(*args, **kwargs)
+    mesh, shape = target.device_mesh, tuple(target.shape)
+    y = sharded.Enter.apply(
+        args[0], mesh, (Replicate(),) * mesh.ndim, shape
+    ).redistribute(placements=target.placements)
+    return target.copy_(y)
+
+
+def _is_in_place(func):
+    name = func.__name__
+    if name.startswith("__"):
+        return name == "__setitem__" or (
+            name.startswith("__i") and name not in ("__int__", "__invert__")
+        )
+    return name.endswith("_")
+
+
+def _find_shards(values, found):
+    for x in values:
+        if isinstance(x, DTensor):
+            found.append(x)
+        elif type(x) in (list, tuple):
+            _find_shards(x, found)
+
+
+def _is_of_one_tensor(args, kwargs):
+    others = (*args[1:], *kwargs.values())
+    return isinstance(args[0], DTensor) and not any(
+        isinstance(x, torch.Tensor) for x in others
+    )
+
+
+def _can_be_sharded(func, args, kwargs):
+    if _is_in_place(func) and not isinstance(args[0], DTensor):
+        return False
+    # What fails on one of several unlike shards fails on that process alone,
+    # and the others would wait for it.
+    return not any(
+        isinstance(x, DTensor) and sharded.has_unlike_shards(x)
+        for x in tree.flatten((args, kwargs))
+    )
+
+
+def _map(function, structure):
+    """Applies a function to the tensors of arguments or results."""
+    if isinstance(structure, torch.Tensor):
+        return function(structure)
+    if type(structure) in (list, tuple):
+        return type(structure)(_map(function, x) for x in structure)
+    if type(structure) is dict:
+        return {name: _map(function, x) for name, x in structure.items()}
+    return structure
+
+
+_logged = set()
+
+
+def _log(func, why):
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
+    layer = modes.layer
+    key = (func.__name__, getattr(layer, "path", None))
+    if key not in _logged:
+        _logged.add(key)
+        logger.debug(
+            "operator %s in layer %s runs on whole values, gathered for each "
+            "call: %s",
+            *key,
+            why.strip().partition("\n")[0][:200],
+        )

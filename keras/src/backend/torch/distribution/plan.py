@@ -200,14 +200,12 @@ class TorchModuleStyle(styles.ShardedStyle):
     """
 
     def _apply(self, module, device_mesh):
-        names = list(device_mesh.mesh_dim_names)
-
         def partition(name, module, mesh):
             for key, parameter in module.named_parameters(recurse=False):
                 placements = (Replicate(),) * mesh.ndim
                 if key in self.layouts:
                     placements = context_lib.layout_placements(
-                        self.layouts[key], names, parameter.shape, key
+                        self.layouts[key], mesh, parameter.shape, key
                     )
                 shard = storage.shard(parameter.detach(), mesh, placements)
                 module.register_parameter(

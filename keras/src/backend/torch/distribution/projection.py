@@ -8,6 +8,7 @@ from keras.src import activations as functions
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import contraction
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution import styles
 
@@ -41,10 +42,10 @@ class ProjectionStyle(styles.ShardedStyle):
             and layer.quantization_mode is None
             and not layer.lora_enabled
             and not layer._remat_mode
-            and not activations.has_two_shards_on_a_dim(
+            and not cuts.has_several_on_a_dim(
                 getattr(layer._kernel._value, "placements", ())
             )
-            and not activations.has_two_shards_on_a_dim(
+            and not cuts.has_several_on_a_dim(
                 getattr(args[0], "placements", ())
             )
         )

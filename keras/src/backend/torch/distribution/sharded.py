@@ -53,8 +53,22 @@ def local_of(x):
 
 
 def is_whole(x):
-    # Not `is_shard`: a strided shard says False to it, and is none.
+    # Not `is_shard`: a strided shard says False to it, and is not whole.
     return all(p.is_replicate() for p in x.placements)
+
+
+def summed(x):
+    """A DTensor without partial sums.
+
+    Collective along the axes where `x` is partial.
+    """
+    if any(p.is_partial() for p in x.placements):
+        x = x.redistribute(
+            placements=[
+                Replicate() if p.is_partial() else p for p in x.placements
+            ]
+        )
+    return x
 
 
 def reduced(x):
@@ -70,6 +84,30 @@ def reduced(x):
             placements[axis] = Replicate()
             x = x.redistribute(placements=placements)
     return x
+
+
+def has_unlike_shards(x):
+    """Whether processes hold shards of different sizes."""
+    shards = {}  # by dim
+    for axis, placement in enumerate(x.placements):
+        if placement.is_shard():
+            n = shards.get(placement.dim, 1) * x.device_mesh.size(axis)
+            shards[placement.dim] = n
+    return any(x.shape[dim] % n for dim, n in shards.items())
+
+
+def has_empty_shard(x):
+    """Whether some process holds nothing of a DTensor."""
+    sizes = {}  # of the smallest shard, by dim
+    for axis, placement in enumerate(x.placements):
+        if placement.is_shard():
+            shards = x.device_mesh.size(axis)
+            size = sizes.get(placement.dim, x.shape[placement.dim])
+            # Shards have a size of ceil(size / shards) but for the last ones.
+            sizes[placement.dim] = size - (shards - 1) * -(-size // shards)
+            if size and sizes[placement.dim] <= 0:
+                return True
+    return False
 
 
 class Enter(torch.autograd.Function):

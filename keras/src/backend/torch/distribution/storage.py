@@ -9,8 +9,10 @@ import logging
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
 
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.context import current
@@ -32,11 +34,8 @@ def shard(value, mesh, placements):
         placements: one `Shard` or `Replicate` for each axis of `mesh`.
     """
     local = value
-    for axis, placement in enumerate(placements):
-        if placement.is_shard():
-            local = collectives.shard_of(
-                local, placement.dim, mesh.get_group(axis)
-            )
+    for dim, axis in cuts.of_placements(tuple(placements), tuple(mesh.shape)):
+        local = collectives.shard_of(local, dim, mesh.get_group(axis))
     # A copy: a view would keep the whole alive, or share its memory.
     local = local.detach().clone(memory_format=torch.contiguous_format)
     return sharded.wrap(local, mesh, placements, tuple(value.shape))
@@ -72,13 +71,43 @@ def assign(stored, value):
             )
         elif value.device_mesh != stored.device_mesh:
             value = shard(
-                value.full_tensor().to(stored.dtype),
+                whole(value).to(stored.dtype),
                 stored.device_mesh,
                 stored.placements,
             )
         elif tuple(value.placements) != tuple(stored.placements):
             value = value.redistribute(placements=stored.placements)
         sharded.local_of(stored).copy_(sharded.local_of(value))
+
+
+def whole(value):
+    """The whole of a DTensor, plain, without autograd.
+
+    Collective: every process of the DTensor's mesh calls it.
+    """
+    value = sharded.summed(value)
+    mesh = value.device_mesh
+    local = sharded.local_of(value)
+    for dim, axis, size in reversed(levels(value)):
+        local = collectives.all_gather(local, dim, size, mesh.get_group(axis))
+    return local
+
+
+def levels(value):
+    """How our shard was cut: triples of a dim, a mesh axis, and the size
+    that the dim had here before the axis cut it."""
+    mesh = value.device_mesh
+    sizes = list(value.shape)
+    result = []
+    for dim, axis in cuts.of_placements(
+        tuple(value.placements), tuple(mesh.shape)
+    ):
+        result.append((dim, axis, sizes[dim]))
+        start, stop = collectives.shard_range(
+            sizes[dim], mesh.size(axis), mesh.get_local_rank(axis)
+        )
+        sizes[dim] = stop - start
+    return result
 
 
 def read_stored(variable):
@@ -156,21 +185,13 @@ def _enter(value):
 
 
 def _gather_model_axes(local, placements, shape, context):
-    # The last axis that shards a dim cuts it finest: it is undone first.
-    for axis in reversed(range(len(placements))):
-        if placements[axis].is_shard():
-            dim = placements[axis].dim
-            others = [
-                context.model_mesh.size(i)
-                for i, p in enumerate(placements[:axis])
-                if p.is_shard(dim)
-            ]
-            size = shape[dim]
-            for shards in others:
-                size = -(-size // shards)
-            local = collectives.AllGather.apply(
-                local, dim, size, context.model_mesh.get_group(axis)
-            )
+    value = sharded.wrap(
+        local.detach(), context.model_mesh, placements, tuple(shape)
+    )
+    # The axis that cuts a dim finest is undone first.
+    for dim, axis, size in reversed(levels(value)):
+        group = context.model_mesh.get_group(axis)
+        local = collectives.AllGather.apply(local, dim, size, group)
     return local
 
 
@@ -192,16 +213,54 @@ def operand(value, context):
     """
     if not isinstance(value, DTensor):
         return value, context.model_placements_whole
+    if cuts.has_several_on_a_dim(value.placements):
+        return _operand_of_several_cuts(value, context)
     placements = context.model_placements(value.placements)
     if torch.is_grad_enabled() and value.requires_grad:
         return Unshard.apply(value, context), placements
     return _gathered(value, context), placements
 
 
+def _operand_of_several_cuts(value, context):
+    """As `operand`, where several axes cut one dim.
+
+    The data axis, and what it was cut by after it, is gathered; then the model
+    axes cut anew. Where their order is not that of the model mesh, they stay
+    gathered.
+    """
+    placements = list(context.model_placements(value.placements))
+    axes_of = {}
+    for dim, axis, size in levels(value):
+        axes_of.setdefault(dim, []).append((axis, size))
+    local = Stored.apply(value)
+    for dim, axes in axes_of.items():
+        model = [axis for axis, _ in axes if axis != context.data_axis]
+        again = model == sorted(model)
+        order = [axis for axis, _ in axes]
+        if again and context.data_axis not in order:
+            continue
+        first = order.index(context.data_axis) if again else 0
+        for axis, size in reversed(axes[first:]):
+            group = context.mesh.get_group(axis)
+            if axis == context.data_axis:
+                local = GatherOverData.apply(local, dim, size, context)
+            else:
+                local = collectives.AllGather.apply(local, dim, size, group)
+        for axis, _ in axes[first:]:
+            if axis == context.data_axis or axis not in context.model_axes:
+                continue
+            if again:
+                group = context.mesh.get_group(axis)
+                local = collectives.Slice.apply(local, dim, group)
+            else:
+                placements[context.model_axes.index(axis)] = Replicate()
+    return local, tuple(placements)
+
+
 def is_model_sharded(value, context):
     """Whether a stored value is sharded over an axis of the model mesh."""
     return is_laid_out_by(value, context) and any(
-        p.is_shard() for p in context.model_placements(value.placements)
+        cuts.is_cut(value.placements[axis]) for axis in context.model_axes
     )
 
 
@@ -253,6 +312,46 @@ class Unshard(torch.autograd.Function):
             ),
             None,
         )
+
+
+class Stored(torch.autograd.Function):
+    """Stored DTensor -> our shard of it."""
+
+    @staticmethod
+    def forward(ctx, value):
+        ctx.mesh, ctx.placements = value.device_mesh, tuple(value.placements)
+        ctx.shape = tuple(value.shape)
+        local = sharded.local_of(value)
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = collectives.whole_gradient(grad).contiguous()
+        return sharded.wrap(grad, ctx.mesh, ctx.placements, ctx.shape)
+
+
+class GatherOverData(torch.autograd.Function):
+    """Shards of the data axis -> what they were cut of. Backward: the
+    weighted mean of the data shards' gradients, scattered."""
+
+    @staticmethod
+    def forward(ctx, local, dim, size, context):
+        ctx.dim, ctx.context = dim, context
+        if context.data_size == 1:
+            return local.view_as(local)
+        return collectives.all_gather(local, dim, size, context.data_group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        context = ctx.context
+        grad = collectives.whole_gradient(grad)
+        if context.data_size > 1:
+            grad = collectives.reduce_scatter(
+                collectives.weighted(grad, rows.weight(context)),
+                ctx.dim,
+                context.data_group,
+            )
+        return grad, None, None, None
 
 
 def log(path, value):
