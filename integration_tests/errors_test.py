@@ -106,7 +106,7 @@ def test_layout_with_too_many_dims():
 def test_axis_for_two_dims():
     layouts = {".*kernel": ("model", "model")}
     with parity.model_parallel((1, 2), layouts).scope():
-        assert_all_say(make_model, "dense0/kernel", "'model' for two dims")
+        assert_all_say(make_model, "dense0/kernel", "'model' twice")
 
 
 def test_layout_map_of_another_mesh():

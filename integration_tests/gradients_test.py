@@ -43,7 +43,7 @@ def distributions(world_size):
 
 def run(program, distribution=None):
     """What a program returns, from the same state each time."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(5)
     with distribution.scope() if distribution else contextlib.nullcontext():
         return program()

@@ -75,7 +75,7 @@ def data(features):
 
 def fit(make_model, distribution=None):
     """A model, and the losses of three epochs of one batch."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(3)
     scope = contextlib.nullcontext()
     if distribution is not None:

@@ -59,7 +59,7 @@ def train(
         Dict of whole numpy arrays: `logs` of each step, `gradients` of the
         first step, `weights` after the last, `predictions` before and after.
     """
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     scope = contextlib.nullcontext()
     if distribution is not None:

@@ -41,7 +41,7 @@ def reset_state():
     import keras
 
     keras.distribution.set_distribution(None)
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
 
 

@@ -64,7 +64,7 @@ def run(program, distribution=None, make_model=make_model):
     Args:
         program: takes a model, gives nested numbers.
     """
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(11)
     scope = contextlib.nullcontext()
     if distribution is not None:
