@@ -110,6 +110,28 @@ def levels(value):
     return result
 
 
+def local_gradients(grads, variables):
+    """Gradients as the local shards that their variables store.
+
+    Collective for a gradient that is laid out unlike its variable.
+    """
+    local = []
+    for grad, variable in zip(grads, variables):
+        stored = variable._value
+        if isinstance(grad, DTensor):
+            if isinstance(stored, DTensor):
+                if tuple(grad.placements) != tuple(stored.placements):
+                    grad = grad.redistribute(placements=stored.placements)
+                grad = grad.to_local()
+            else:
+                grad = grad.full_tensor()
+        elif isinstance(stored, DTensor):
+            grad = shard(grad, stored.device_mesh, stored.placements)
+            grad = grad.to_local()
+        local.append(grad)
+    return local
+
+
 def read_stored(variable):
     """The stored value of a variable, cast if its layer is of mixed dtype."""
     previous, modes.stored = modes.stored, True

@@ -1,8 +1,13 @@
-"""Overlay: weight decay on local shards, updates on sharded variables."""
+"""Overlay: updates of sharded variables, on local shards where they can be.
+
+Optimizers that Keras has a parallel version of: `torch_parallel_optimizer`.
+"""
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src import optimizers
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
@@ -22,6 +27,37 @@ class TorchOptimizer(upstream.TorchOptimizer):
         # may meet sharded ones on any mesh, also on one without model axes.
         with sharded.implicit_replication():
             super().apply(grads, trainable_variables)
+
+    @torch_utils.no_grad
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        if type(self) not in _elementwise() or in_stateless_scope():
+            super()._backend_update_step(
+                grads, trainable_variables, learning_rate
+            )
+            return
+        grads = storage.local_gradients(grads, trainable_variables)
+        with modes.local_shards():
+            super()._backend_update_step(
+                grads, trainable_variables, learning_rate
+            )
+
+    def assign(self, variable, value):
+        if modes.modes.local:
+            variable.value.copy_(value)
+        else:
+            super().assign(variable, value)
+
+    def assign_add(self, variable, value):
+        if modes.modes.local:
+            variable.value.add_(value)
+        else:
+            super().assign_add(variable, value)
+
+    def assign_sub(self, variable, value):
+        if modes.modes.local:
+            variable.value.sub_(value)
+        else:
+            super().assign_sub(variable, value)
 
     @torch_utils.no_grad
     def _apply_weight_decay(self, variables):
@@ -46,3 +82,8 @@ class TorchOptimizer(upstream.TorchOptimizer):
                 requires_grad=False,
             )
         return variable
+
+
+def _elementwise():
+    """Keras's own optimizers whose update of an entry needs no other entry."""
+    return optimizers.Ftrl, optimizers.ScheduleFreeAdamW

@@ -4,8 +4,6 @@ Slots are laid out like their variable, so a shard of the update needs nothing
 of the other shards.
 """
 
-from torch.distributed.tensor import DTensor
-
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.optimizers import (
@@ -19,7 +17,7 @@ __all__ = ["TorchParallelOptimizer"]
 class TorchParallelOptimizer(upstream.TorchParallelOptimizer):
     @torch_utils.no_grad
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        grads = _local(grads, trainable_variables)
+        grads = storage.local_gradients(grads, trainable_variables)
         with modes.local_shards():
             super()._backend_update_step(
                 grads, trainable_variables, learning_rate
@@ -32,28 +30,6 @@ class TorchParallelOptimizer(upstream.TorchParallelOptimizer):
 
     @torch_utils.no_grad
     def _backend_increment_gradient_accumulators(self, grads, acc_grads):
-        grads = _local(grads, acc_grads)
+        grads = storage.local_gradients(grads, acc_grads)
         with modes.local_shards():
             super()._backend_increment_gradient_accumulators(grads, acc_grads)
-
-
-def _local(grads, variables):
-    """Gradients as the local shards that their variables store.
-
-    Collective for a gradient that is laid out unlike its variable.
-    """
-    local = []
-    for grad, variable in zip(grads, variables):
-        stored = variable._value
-        if isinstance(grad, DTensor):
-            if isinstance(stored, DTensor):
-                if tuple(grad.placements) != tuple(stored.placements):
-                    grad = grad.redistribute(placements=stored.placements)
-                grad = grad.to_local()
-            else:
-                grad = grad.full_tensor()
-        elif isinstance(stored, DTensor):
-            grad = storage.shard(grad, stored.device_mesh, stored.placements)
-            grad = grad.to_local()
-        local.append(grad)
-    return local

@@ -1,0 +1,70 @@
+"""Overlay: Adam in torch's fused kernel, which needs no temporaries."""
+
+import math
+
+import torch
+from torch.optim.adam import adam
+
+from keras.src import ops
+from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.optimizers import torch_adam as upstream
+
+__all__ = ["Adam"]
+
+
+class Adam(upstream.Adam):
+    def _parallel_update_step(self, grads, variables, learning_rate):
+        if current() is None:
+            super()._parallel_update_step(grads, variables, learning_rate)
+            return
+        slots = [self._momentums, self._velocities]
+        if self.amsgrad:
+            slots.append(self._velocity_hats)
+        indices = [self._get_variable_index(v) for v in variables]
+        values = [v.value for v in variables]
+        slots = [[slot[i].value for i in indices] for slot in slots]
+        grads = [grad.contiguous() for grad in grads]
+        if not _takes(values, grads, *slots):
+            super()._parallel_update_step(grads, variables, learning_rate)
+            return
+        dtype = values[0].dtype
+        step = ops.cast(self.iterations + 1, dtype)
+        beta_1_power = ops.power(ops.cast(self.beta_1, dtype), step)
+        beta_2_power = ops.power(ops.cast(self.beta_2, dtype), step)
+        rate = ops.cast(learning_rate, dtype)
+        rate = rate * ops.sqrt(1 - beta_2_power) / (1 - beta_1_power)
+        # Keras adds epsilon to the velocity before it corrects the bias, torch
+        # afterwards. So the rate bears Keras's corrections, and torch's are
+        # those of a late step: none.
+        late = torch.full((), math.inf, device=values[0].device)
+        adam(
+            values,
+            grads,
+            *slots[:2],
+            slots[2] if self.amsgrad else [],
+            [late] * len(values),
+            fused=True,
+            lr=rate,
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            weight_decay=0.0,
+            eps=self.epsilon,
+            amsgrad=self.amsgrad,
+            maximize=False,
+        )
+
+
+def _takes(*lists):
+    """Whether the kernel takes these variables, gradients and slots.
+
+    In half precision, Keras rounds after each operation and the kernel does
+    not: they would not agree.
+    """
+    return all(
+        x.dtype in (torch.float32, torch.float64)
+        and x.dtype == same[0].dtype
+        and x.device == lists[0][0].device
+        and x.is_contiguous()
+        for same in zip(*lists)
+        for x in same
+    )
