@@ -48,6 +48,14 @@ class TensorLayout(upstream.TensorLayout):
 
 
 class Distribution(upstream.Distribution):
+    # In `fit`, `train_on_batch` and the like: whether each data shard draws
+    # what layers draw for rows (dropout, noise, augmentation) for the whole
+    # global batch, and keeps what is for its own rows. Then the numbers of one
+    # device come out on any mesh, for the time that drawing them all takes.
+    # It holds for draws whose first dim is the rows: a draw whose first dim is
+    # one and means all rows is taken for such, where a data shard has one row.
+    draw_global_batch = False
+
     @property
     def data_shard_id(self):
         """Coordinate of this process on the axis that batches are split over.

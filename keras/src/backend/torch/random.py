@@ -3,60 +3,123 @@
 Every process holds the same random state. What a layer draws for its rows must
 differ between data shards, and be the same on the processes of one; what is
 drawn for weights must be the same everywhere.
+
+With `draw_global_batch` of the distribution, a data shard draws for all rows
+of the global batch and keeps what is for its own: one device's numbers.
 """
+
+import functools
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch import random as upstream
+from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.random.seed_generator import SeedGenerator
-from keras.src.random.seed_generator import draw_seed
 
-__all__ = ["dropout", "torch_seed_generator"]
+# Keras's functions of this module take their seeds from `draw_seed`.
+__all__ = ["draw_seed", "dropout", "normal", "randint", "uniform"]
 
+released_draw_seed = upstream.draw_seed
 released_dropout = upstream.dropout
-released_torch_seed_generator = upstream.torch_seed_generator
 
 # Far apart, since Keras adds a counter to its seeds.
 STRIDE = 0x9E3779B1
 
 
-def _shard_index():
+def _draws_for_rows(context):
+    """Whether what is drawn now is drawn for rows of a data shard."""
+    return (
+        context is not None
+        and context.data_size > 1
+        and modes.calls
+        and not modes.drawing
+    )
+
+
+def draw_seed(seed):
     context = current()
-    if context is None or not modes.calls or modes.drawing:
-        return 0
-    return context.data_index
+    first, second = released_draw_seed(seed)
+    if not _draws_for_rows(context) or _batch(context) is not None:
+        return first, second
+    return int(first) + context.data_index * STRIDE, int(second)
 
 
-def torch_seed_generator(seed):
-    index = _shard_index()
-    if not index or upstream.get_device() == "meta":
-        return released_torch_seed_generator(seed)
-    generator = torch.Generator(device=upstream.get_device())
-    first, second = draw_seed(seed)
-    generator.manual_seed(int(first + second + index * STRIDE) & 0xFFFFFFFF)
-    return generator
+def _batch(context):
+    """The `Rows` to draw for where all are drawn for, else None."""
+    batch = rows_lib.get_current_rows()
+    if batch is None or not context.distribution.draw_global_batch:
+        return None
+    if batch.start is None:
+        raise ValueError(
+            "`draw_global_batch=True` needs to know which rows of the global "
+            "batch are drawn for. Received: auto_shard_dataset=False"
+        )
+    return batch
+
+
+def _ours(batch, size):
+    """Our part of what is drawn for a batch, None if `size` is not its rows."""
+    ours = rows_lib.with_a_row(batch.start, batch.start + batch.local)
+    return slice(*ours) if size == ours[1] - ours[0] else None
+
+
+def _for_all_rows(function):
+    """A function that draws a shape: for the global batch, if that is asked
+    for and the first dim is the rows of our data shard."""
+
+    @functools.wraps(function)
+    def draw(shape, *args, **kwargs):
+        context = current()
+        if shape and _draws_for_rows(context):
+            batch = _batch(context)
+            ours = batch and _ours(batch, shape[0])
+            if ours:
+                shape = (batch.total, *shape[1:])
+                return function(shape, *args, **kwargs)[ours]
+        return function(shape, *args, **kwargs)
+
+    return draw
+
+
+normal = _for_all_rows(upstream.normal)
+randint = _for_all_rows(upstream.randint)
+uniform = _for_all_rows(upstream.uniform)
 
 
 def dropout(inputs, rate, noise_shape=None, seed=None):
     context = current()
     if context is None or rate in (0.0, 1.0) or not modes.calls:
         return released_dropout(inputs, rate, noise_shape, seed)
-    if context.data_size > 1 and _is_unseeded(seed) and noise_shape is None:
-        # Torch's global generator must stay the same on all processes, also
-        # where shards have different numbers of rows.
-        seed = int(torch.randint(1 << 31, ()).item())
-    if not isinstance(inputs, DTensor):
+    batch = ours = None
+    if _draws_for_rows(context):
+        batch = _batch(context)
+        ours = batch and _ours(batch, inputs.shape[0])
+        if batch is None and _is_unseeded(seed) and noise_shape is None:
+            # Torch's global generator must stay the same on all processes,
+            # also where shards have different numbers of rows.
+            seed = int(torch.randint(1 << 31, ()).item())
+    if not ours and not isinstance(inputs, DTensor):
         return released_dropout(inputs, rate, noise_shape, seed)
     # One mask for the whole activation, of which each process takes its part.
-    ones = torch.ones(inputs.shape, dtype=inputs.dtype, device=inputs.device)
+    if isinstance(inputs, DTensor):
+        inputs = sharded.reduced(inputs)
+    shape = tuple(inputs.shape)
+    if ours:
+        if noise_shape is not None and noise_shape[0] == shape[0]:
+            noise_shape = (batch.total, *noise_shape[1:])
+        shape = (batch.total, *shape[1:])
+    ones = torch.ones(shape, dtype=inputs.dtype, device=inputs.device)
     mask = released_dropout(ones, rate, noise_shape, seed)
-    mask = storage.shard(mask, inputs.device_mesh, inputs.placements)
-    return sharded.reduced(inputs) * mask
+    if ours:
+        mask = mask[ours]
+    if isinstance(inputs, DTensor):
+        mask = storage.shard(mask, inputs.device_mesh, inputs.placements)
+    return inputs * mask
 
 
 def _is_unseeded(seed):

@@ -27,6 +27,7 @@ def in_a_layer(no_world):
             types.SimpleNamespace(
                 **{context_lib.ATTRIBUTE: context},
                 get_tensor_layout=lambda path: None,
+                draw_global_batch=False,
             ),
         )
         modes.calls += 1
