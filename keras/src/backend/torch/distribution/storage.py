@@ -323,11 +323,14 @@ class Unshard(torch.autograd.Function):
         grad = collectives.whole_gradient(grad)
         placement = ctx.placements[context.data_axis]
         if placement.is_shard() and context.data_size > 1:
+            # A variable of a mixed policy is wider than what layers see of it:
+            # half precision is not added up in half precision.
+            dtype = torch.promote_types(grad.dtype, torch.float32)
             grad = collectives.reduce_scatter(
-                collectives.weighted(grad, rows.weight(context)),
+                collectives.weighted(grad.to(dtype), rows.weight(context)),
                 placement.dim,
                 context.data_group,
-            )
+            ).to(grad.dtype)
         return (
             sharded.wrap(
                 grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape

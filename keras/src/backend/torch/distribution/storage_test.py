@@ -212,3 +212,20 @@ def test_layout_that_does_not_fit_names_the_variable(fake_world):
     with model_parallel({"kernel": (None, None, "model")}).scope():
         with pytest.raises(ValueError, match="'kernel' has more dims.*3 > 2"):
             variable(np.ones((2, 4)))
+
+
+def test_half_precision_is_not_added_up_in_half_precision(on_threads):
+    def run(rank):
+        context = context_lib.Context(model_parallel({}, (4, 1)))
+        stored = storage.parameter(
+            torch.zeros(4, 1, dtype=torch.bfloat16),
+            context,
+            (Shard(0), Replicate()),
+            True,
+        )
+        local, _ = storage.operand(stored, context)
+        # 256 + 1 is 256 in bfloat16, and so is the sum of all four.
+        local.backward(torch.full_like(local, 1.0 if rank else 256.0))
+        return stored.grad.to_local().tolist()
+
+    assert on_threads(4, run) == [[[65.0]]] * 4
