@@ -3,6 +3,7 @@
 import re
 import warnings
 
+from keras.src.backend.common import global_state
 from keras.src.backend.torch import distribution_lib
 from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import process_group
@@ -17,6 +18,8 @@ __all__ = [
     "distribution_lib",
     "set_distribution",
 ]
+
+REPLICATION = "torch_implicit_replication"
 
 released_set_distribution = upstream.set_distribution
 
@@ -47,6 +50,16 @@ class TensorLayout(upstream.TensorLayout):
                 )
 
 
+class DataLayout(TensorLayout):
+    """How the rows of a batch are split: by `fit` and its like, not before.
+
+    `distribute_tensor` leaves a batch as it is, whole on every process, so
+    that any operation can follow, also outside of layers.
+    """
+
+    is_of_rows = True
+
+
 class Distribution(upstream.Distribution):
     # In `fit`, `train_on_batch` and the like: whether each data shard draws
     # what layers draw for rows (dropout, noise, augmentation) for the whole
@@ -67,6 +80,10 @@ class Distribution(upstream.Distribution):
         mesh = self.device_mesh.backend_mesh
         axis = list(self.device_mesh.axis_names).index(self.batch_dim_name)
         return mesh.get_local_rank(axis)
+
+    def get_data_layout(self, data_shape):
+        layout = super().get_data_layout(data_shape)
+        return DataLayout(layout.axes, layout.device_mesh)
 
     def distribute_dataset(self, dataset):
         # `fit` cuts the batches of any source itself.
@@ -155,6 +172,9 @@ def set_distribution(value):
         value.activate()
     released_set_distribution(value)
     context = context_lib.current()
-    sharded.allow_implicit_replication(
-        context is not None and context.model_mesh is not None
-    )
+    # Kept beside the distribution, as `clear_session` drops both.
+    global_state.set_global_attribute(REPLICATION, None)
+    if context is not None and context.model_mesh is not None:
+        global_state.set_global_attribute(
+            REPLICATION, sharded.ImplicitReplication()
+        )

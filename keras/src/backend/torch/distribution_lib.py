@@ -81,7 +81,9 @@ def distribute_tensor(tensor, layout):
     becomes a DTensor on the whole mesh. Inside a layer's call it is an
     activation, whose rows are those of this data shard already: it becomes a
     DTensor on the model axes, and what the layout says of the data axis is
-    already true. With one process it stays what it is.
+    already true. With one process it stays what it is, and so does a batch
+    whose layout is a distribution's `get_data_layout`: any operation may follow
+    on it, and rows are cut where layers are trained.
 
     Collective if `tensor` is a DTensor with another layout.
 
@@ -94,6 +96,8 @@ def distribute_tensor(tensor, layout):
     """
     layout = getattr(layout, "tensor_layout", layout)
     tensor = convert_to_tensor(tensor)
+    if getattr(layout, "is_of_rows", False):
+        return tensor
     context = context_lib.current()
     if modes.calls and context is not None:
         return _relayout_activation(tensor, layout, context)

@@ -7,6 +7,7 @@ a border in either form. `Enter` and `Leave` take both.
 
 import contextlib
 import functools
+import weakref
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -169,6 +170,14 @@ def allow_implicit_replication(value):
     # torch 2.13: the public context manager always ends with False, whatever
     # held before it, and a distribution is set by a function, not a context.
     DTensor._op_dispatcher._allow_implicit_replication = value
+
+
+class ImplicitReplication:
+    """Plain tensors may meet DTensors as long as this object is kept."""
+
+    def __init__(self):
+        allow_implicit_replication(True)
+        weakref.finalize(self, allow_implicit_replication, False)
 
 
 @contextlib.contextmanager
