@@ -254,6 +254,36 @@ def test_scope_puts_back_what_was_there(fake_world):
     assert distribution_lib.distribution() is None
 
 
+def test_clear_session_ends_a_distribution(fake_world):
+    fake_world(4)
+    distribution_lib.set_distribution(model_parallel())
+    assert is_implicit_replication_allowed()
+    keras.utils.clear_session()
+    assert distribution_lib.distribution() is None
+    assert not is_implicit_replication_allowed()
+    with model_parallel().scope():
+        keras.utils.clear_session()
+        assert not is_implicit_replication_allowed()
+        distribution_lib.set_distribution(model_parallel())
+        assert is_implicit_replication_allowed()
+    assert not is_implicit_replication_allowed()
+
+
+def test_a_batch_stays_plain_outside_of_layers(fake_world):
+    fake_world(4)
+    batch = torch.ones(7, 3)
+    for distribution in (DataParallel(), model_parallel()):
+        layout = distribution.get_data_layout(batch.shape)
+        assert isinstance(layout, TensorLayout)
+        for kind in (layout, layout.backend_layout):
+            result = distribution_lib.distribute_tensor(batch, kind)
+            assert result is batch
+        # A layout of the same axes, by the program's own hand.
+        layout = TensorLayout(layout.axes, layout.device_mesh)
+        result = distribution_lib.distribute_tensor(batch, layout)
+        assert isinstance(result, DTensor)
+
+
 def test_a_distribution_that_fails_changes_nothing(fake_world):
     fake_world(4)
     mesh = DeviceMesh((2,), ["batch"], DEVICES[:2])
