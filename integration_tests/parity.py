@@ -8,6 +8,7 @@ import contextlib
 import numpy as np
 
 import keras
+from integration_tests import everyone
 from keras.src import tree
 
 SGD = "sgd"
@@ -122,3 +123,40 @@ def assert_parity(make_model, x, y, distribution, tolerance=1e-5, **kwargs):
     expected = train(make_model, x, y, **kwargs)
     actual = train(make_model, x, y, distribution=distribution, **kwargs)
     assert_same(actual, expected, tolerance)
+
+
+def run(program, make_model, distribution=None):
+    """What a program says of a new model, and the weights that it leaves.
+
+    Collective under a distribution: every process calls it.
+
+    Args:
+        program: takes a model, gives nested numbers.
+        make_model: makes and compiles the model.
+    """
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(11)
+    scope = contextlib.nullcontext()
+    if distribution is not None:
+        scope = distribution.scope()
+    with scope:
+        model = make_model()
+        said = program(model)
+        return {"said": said, "weights": model.get_weights()}
+
+
+def assert_equal_on_all(name, actual, expected, tolerance=1e-5):
+    """Asserts that all processes have the same results, and these.
+
+    Collective: every process calls it.
+
+    Args:
+        name: what ran, for the error.
+    """
+    try:
+        assert_same(actual, expected, tolerance)
+        for other in everyone.gather(actual):
+            assert_same(actual, other, tolerance=0)
+    except Exception as error:
+        error.add_note(f"under {name}")
+        raise

@@ -1,7 +1,5 @@
 """Keras's training loops on several processes give one device's numbers."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -59,20 +57,7 @@ def data(rows=ROWS):
 
 
 def run(program, distribution=None, make_model=make_model):
-    """What a program says of a new model, and the weights that it leaves.
-
-    Args:
-        program: takes a model, gives nested numbers.
-    """
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(11)
-    scope = contextlib.nullcontext()
-    if distribution is not None:
-        scope = distribution.scope()
-    with scope:
-        model = make_model()
-        said = program(model)
-        return {"said": said, "weights": model.get_weights()}
+    return parity.run(program, make_model, distribution)
 
 
 def assert_as_alone(program, world_size, make_model=make_model):
@@ -80,17 +65,7 @@ def assert_as_alone(program, world_size, make_model=make_model):
     expected = run(program, make_model=make_model)
     for name, distribution in distributions(world_size):
         actual = run(program, distribution, make_model)
-        assert_equal_on_all(name, actual, expected)
-
-
-def assert_equal_on_all(name, actual, expected):
-    try:
-        parity.assert_same(actual, expected)
-        for other in everyone.gather(actual):
-            parity.assert_same(actual, other, tolerance=0)
-    except Exception as error:
-        error.add_note(f"under {name}")
-        raise
+        parity.assert_equal_on_all(name, actual, expected)
 
 
 class Logs(keras.callbacks.Callback):
@@ -306,7 +281,7 @@ def test_local_rows(source, world_size):
                 said.append(model.train_on_batch(*batch, return_dict=True))
             return said
 
-        assert_equal_on_all(name, run(apart, distribution), run(together))
+        parity.assert_equal_on_all(name, run(apart, distribution), run(together))
 
 
 def test_predictions_of_local_rows_stay_local(world_size):
@@ -429,7 +404,7 @@ def test_hand_written_loop(rank, world_size):
         lambda model: gradients(model, x[ours], y[ours]),
         keras.distribution.DataParallel(),
     )
-    assert_equal_on_all("DataParallel", actual, expected)
+    parity.assert_equal_on_all("DataParallel", actual, expected)
 
 
 def test_gradients_of_two_backward_passes_add_up(rank, world_size):
@@ -461,7 +436,7 @@ def test_gradients_of_two_backward_passes_add_up(rank, world_size):
         ),
         keras.distribution.DataParallel(),
     )
-    assert_equal_on_all("DataParallel", actual, expected)
+    parity.assert_equal_on_all("DataParallel", actual, expected)
 
 
 def test_early_stopping(world_size):
