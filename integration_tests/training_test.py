@@ -281,7 +281,9 @@ def test_local_rows(source, world_size):
                 said.append(model.train_on_batch(*batch, return_dict=True))
             return said
 
-        parity.assert_equal_on_all(name, run(apart, distribution), run(together))
+        parity.assert_equal_on_all(
+            name, run(apart, distribution), run(together)
+        )
 
 
 def test_predictions_of_local_rows_stay_local(world_size):

@@ -64,7 +64,9 @@ def apply_mask(sample_weight, mask, dtype, reduction):
     weights, sample_weight = upstream.squeeze_or_expand_to_same_rank(
         weights, ops.cast(sample_weight, dtype)
     )
-    return sample_weight * weights
+    # In place, as released Keras has it: the metrics of the step see it.
+    sample_weight *= weights
+    return sample_weight
 
 
 def _distributed():

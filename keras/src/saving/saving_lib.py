@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import tempfile
 
-from keras.src.backend.torch.distribution import logs
+from keras.src.backend.torch.distribution import files
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution.context import current
 from keras.src.saving import saving_lib as upstream
@@ -32,12 +32,12 @@ def _written_once(save):
         path = pathlib.Path(os.fspath(filepath))
         is_first = not process_group.process_id()
         # Next to the file, so that moving it there is one rename.
-        folder = _on_all(
+        folder = files.on_all(
             tempfile.mkdtemp, path, dir=path.parent if is_first else None
         )
         try:
             save(model, pathlib.Path(folder) / path.name, *args, **kwargs)
-            _on_all(_move_files, path, folder, path.parent, is_first)
+            files.on_all(_move_files, path, folder, path.parent, is_first)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -52,23 +52,6 @@ def _move_files(folder, destination, is_first):
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(os.path.join(folder, name), target)
-
-
-def _on_all(function, path, *args, **kwargs):
-    """Calls a function; raises on all processes if one of them fails.
-
-    Collective: every process calls it.
-    """
-    error = result = None
-    try:
-        result = function(*args, **kwargs)
-    except OSError as e:
-        error = e
-    if logs.any_process(error is not None):
-        raise error or OSError(
-            f"Another process could not write {path}; its own error says why."
-        )
-    return result
 
 
 save_model = _written_once(upstream.save_model)

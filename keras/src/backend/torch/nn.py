@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
@@ -14,8 +15,7 @@ from keras.src.backend.torch.distribution import convolution
 from keras.src.backend.torch.distribution import cross_entropy
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution.context import current
-from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution import statistics
 
 __all__ = [
     "adaptive_average_pool",
@@ -199,33 +199,38 @@ def _cut(x, mesh, placements, query_shape):
 def moments(x, axes, keepdims=False, synchronized=False):
     """As Keras's; in a step, over the rows of the global batch.
 
+    With `synchronized`, which released Keras refuses here, so too outside of
+    layers and of steps; on one process it changes nothing.
+
     Collective along the data axis if `axes` holds the batch dim and the call
-    is a layer's: every process of the axis calls it.
+    is a layer's in a step, or `synchronized`: every process of the axis calls
+    it.
     """
-    context = current()
-    rows_now = rows.get_current_rows()
+    x = upstream.convert_to_tensor(x)
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    if (
-        context is None
-        or context.data_size == 1
-        or rows_now is None
-        or not modes.calls
-        or not any(axis % x.ndim == 0 for axis in axes)
-    ):
-        return released_moments(x, axes, keepdims, synchronized)
+    context = statistics.context_over_rows(x, axes, synchronized)
+    if context is None:
+        return released_moments(x, axes, keepdims)
     dtype = x.dtype
     if dtype == torch.float16:
         x = x.to(torch.float32)
-    # Sums of the shards, over the size of the global batch. The variance is
-    # E[x^2] - E[x]^2, as released Keras has it.
-    share = rows_now.weight / max(_size(x, axes), 1)
+    # The variance is E[x^2] - E[x]^2, as released Keras has it.
+    size = _size(x, axes)
     pair = torch.stack(
         [
             torch.sum(x, dim=axes, keepdim=True),
             torch.sum(torch.square(x), dim=axes, keepdim=True),
         ]
     )
-    pair = _sum_over_data(pair * share, rows_now.weight, context)
+    rows_now = rows.get_current_rows()
+    if rows_now is not None:
+        # Sums of the shards, over the size of the global batch.
+        share = rows_now.weight / max(size, 1)
+        pair = statistics.sum_over_data(pair * share, context)
+    else:
+        total = torch.tensor([size], dtype=torch.int64)
+        dist.all_reduce(total, group=context.data_group)
+        pair = statistics.sum_over_data(pair / int(total), context)
     mean = pair[0]
     variance = pair[1] - torch.square(mean)
     if not keepdims:
@@ -243,16 +248,6 @@ def _size(x, axes):
     for axis in axes:
         size *= x.shape[axis]
     return size
-
-
-def _sum_over_data(x, weight, context):
-    if not isinstance(x, DTensor):
-        return collectives.SumOverData.apply(x, weight, context.data_group)
-    x = sharded.reduced(x)
-    mesh, placements, shape = x.device_mesh, x.placements, tuple(x.shape)
-    local = sharded.Leave.apply(x)
-    local = collectives.SumOverData.apply(local, weight, context.data_group)
-    return sharded.Enter.apply(local, mesh, placements, shape)
 
 
 def sparse_categorical_crossentropy(target, output, from_logits=False, axis=-1):

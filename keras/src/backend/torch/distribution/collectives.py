@@ -177,7 +177,8 @@ class SumOverData(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, group):
         ctx.weight, ctx.group = weight, group
-        x = x.clone()
+        # Without rows of ours, what we computed on is not ours to count.
+        x = x.clone() if weight else torch.zeros_like(x)
         dist.all_reduce(x, group=group)
         return x
 

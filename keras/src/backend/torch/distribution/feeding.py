@@ -1,7 +1,12 @@
 """Batches for this process: cut from the global ones, or local already."""
 
+import functools
+import random
+
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data.distributed import DistributedSampler
 
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
@@ -9,31 +14,120 @@ from keras.src.distribution import distribution_lib
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+from keras.src.trainers.data_adapters.torch_data_loader_adapter import (
+    TorchDataLoaderAdapter,
+)
+
+# What a process says instead of the size of a batch.
+FAILED, NONE = -2, -1
 
 
 class ShardedDataAdapter(DataAdapter):
     """Wraps the adapter that one device would use.
 
-    Every process passes the same global data. Of arrays each process reads its
-    own rows only; batches of any other source are cut after they are made.
-    Shuffling draws on torch's global generator, whose state is the same on all
-    processes, so that all see one permutation: that of one device.
+    Every process passes the same global data. Of arrays, and of the dataset of
+    a `DataLoader`, each process reads its own rows only; batches of any other
+    source are cut after they are made. Shuffling draws on torch's global
+    generator, whose state is the same on all processes, so that all see one
+    permutation: that of one device.
     """
 
     def __init__(self, adapter, context):
         self.adapter = adapter
         self.context = context
+        self._loader = None  # A user's, whose workers may outlive an epoch.
 
     def get_torch_dataloader(self):
+        """An iterable of `rows.Batch`.
+
+        Collective with every batch, but for arrays: every process reads it.
+        """
         loader = self.adapter.get_torch_dataloader()
         if isinstance(self.adapter, ArrayDataAdapter):
             # A loader too: it draws on the random state as one device's does.
+            dataset = _OurRows(loader.dataset, self.context, draws=False)
             return torch.utils.data.DataLoader(
-                _OurRows(loader.dataset, self.context),
+                dataset,
                 batch_sampler=loader.batch_sampler,
-                collate_fn=loader.collate_fn,
+                collate_fn=functools.partial(_collate, loader.collate_fn),
             )
-        return (rows.cut(batch, self.context) for batch in loader)
+        # Now, not with the first batch: here one device's loader draws a seed.
+        return self._together(iter(self._reading_less(loader)))
+
+    def _reading_less(self, loader):
+        """A loader that reads our rows only, if that is possible."""
+        # A subclass may do anything with what it reads.
+        if type(loader) is not torch.utils.data.DataLoader:
+            return loader
+        is_stream = isinstance(loader.dataset, torch.utils.data.IterableDataset)
+        if is_stream or loader.batch_sampler is None:
+            return loader
+        if isinstance(self.adapter, TorchDataLoaderAdapter):
+            self._loader = self._loader or _loader_of_our_rows(
+                loader, self.context
+            )
+            return self._loader
+        return loader
+
+    def _together(self, iterator):
+        """Batches as long as all processes have one; errors are raised by all.
+
+        Collective with every batch: every process calls it.
+        """
+        while True:
+            batch = error = None
+            try:
+                batch = next(iterator, None)
+                if batch is not None:
+                    batch = self._batch_of(batch)
+            except Exception as e:
+                error = e
+            size = FAILED if error else NONE
+            if batch is not None:
+                size = batch.rows.total
+            sizes = self._exchange(size)
+            if FAILED in sizes:
+                raise error or RuntimeError(
+                    f"Process {sizes.index(FAILED)} could not read a batch; "
+                    "its own error says why."
+                )
+            if NONE in sizes:
+                self._check_all_ended(sizes)
+                return
+            yield self._agreed(batch, sizes)
+
+    def _exchange(self, size):
+        """The sizes of all processes' batches, from process 0 on."""
+        sizes = torch.empty(dist.get_world_size(), dtype=torch.int64)
+        dist.all_gather_single(sizes, torch.tensor([size]))
+        return sizes.tolist()
+
+    def _check_all_ended(self, sizes):
+        ended = sizes.count(NONE)
+        if ended == len(sizes):
+            return
+        mine = sizes[process_group.process_id()]
+        raise ValueError(
+            f"With `auto_shard_dataset={self.context.auto_shard}` every "
+            f"process must have the same number of batches. {ended} of "
+            f"{len(sizes)} processes ran out of data before the others; "
+            f"process {process_group.process_id()} "
+            f"{'has none left' if mine == NONE else 'has another batch'}."
+        )
+
+    def _batch_of(self, data):
+        if isinstance(data, rows.Batch):
+            return data
+        return rows.cut(data, self.context)
+
+    def _agreed(self, batch, sizes):
+        if any(size != sizes[0] for size in sizes):
+            raise ValueError(
+                "With `auto_shard_dataset=True` every process must pass the "
+                "same data. Received batches of different sizes, from process "
+                f"0 on: {sizes}"
+            )
+        return batch
 
     @property
     def num_batches(self):
@@ -66,48 +160,118 @@ class LocalDataAdapter(ShardedDataAdapter):
     """
 
     def get_torch_dataloader(self):
-        iterator = iter(self.adapter.get_torch_dataloader())
-        while True:
-            batch = next(iterator, None)
-            self._check_all_have_one(batch is not None)
-            if batch is None:
-                return
-            local = rows.count(batch)
-            yield rows.Batch(batch, rows.agree_on_total(local, self.context))
+        return self._together(iter(self.adapter.get_torch_dataloader()))
 
-    def _check_all_have_one(self, has_one):
-        counts = torch.tensor([int(has_one)])
-        dist.all_reduce(counts)
-        world = dist.get_world_size()
-        if int(counts) not in (0, world):
-            raise ValueError(
-                "With `auto_shard_dataset=False` every process must have the "
-                f"same number of batches. {world - int(counts)} of {world} "
-                "processes ran out of data before the others; process "
-                f"{process_group.process_id()} "
-                f"{'has another batch' if has_one else 'has none left'}."
-            )
+    def _batch_of(self, data):
+        local = rows.count(data)
+        return rows.Batch(data, rows.Rows(local, local))
+
+    def _agreed(self, batch, sizes):
+        # The processes of a data shard have the same rows.
+        copies = len(sizes) // self.context.data_size
+        batch.rows.total = sum(sizes) // copies
+        return batch
 
 
 class _OurRows(torch.utils.data.Dataset):
-    """Reads our rows of the global batches of an array dataset."""
+    """Reads our rows of the global batches of a dataset.
 
-    def __init__(self, dataset, context):
-        self.dataset = dataset
-        self.context = context
+    A dataset that draws random numbers must draw those of all rows, as on one
+    device: or the processes' random states would part. Whether it does, the
+    first batch tells, which is read whole.
+
+    Args:
+        dataset: a map-style dataset.
+        context: the `Context`.
+        draws: bool, whether reading draws random numbers; None to find out.
+    """
+
+    def __init__(self, dataset, context, draws=None):
+        # Not the context, which cannot be sent to worker processes.
+        own = {
+            "_dataset": dataset,
+            "_shard": (context.data_size, context.data_index),
+            "_draws": draws,
+            "_is_watched": draws is None,
+        }
+        self.__dict__.update(own)
 
     def __getitems__(self, indices):
-        total = len(indices)
-        start, stop = rows.split(
-            total, self.context.data_size, self.context.data_index
-        )
-        ours = rows.Rows(stop - start, total, start)
-        start, stop = rows.with_a_row(start, stop)
-        data = self.dataset.__getitems__(indices[start:stop])
-        return rows.Batch(data, ours)
+        indices = list(indices)
+        start, stop = rows.split(len(indices), *self._shard)
+        ours = rows.Rows(stop - start, len(indices), start)
+        part = slice(*rows.with_a_row(start, stop))
+        if self._draws is False:
+            read = self._read_quietly if self._is_watched else self._read
+            return read(indices[part]), ours
+        before = _random_states()
+        samples = self._read(indices)[part]
+        if self._draws is None:
+            self.__dict__["_draws"] = _random_states() != before
+        return samples, ours
+
+    def _read_quietly(self, indices):
+        before = _random_states()
+        samples = self._read(indices)
+        if _random_states() != before:
+            raise ValueError(
+                "The dataset of a `DataLoader` must draw random numbers for "
+                "every batch or for none, so that all processes draw the same. "
+                f"{self._dataset} drew none for its first batch. Draw in "
+                "`collate_fn` or in a layer, or pass an `IterableDataset`."
+            )
+        return samples
+
+    def _read(self, indices):
+        if getattr(self._dataset, "__getitems__", None):
+            return self._dataset.__getitems__(indices)
+        return [self._dataset[i] for i in indices]
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self._dataset)
+
+    # To a `worker_init_fn`, this is the dataset itself.
+    def __getattr__(self, name):
+        if name.startswith("__") or "_dataset" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name, value):
+        setattr(self._dataset, name, value)
+
+
+def _random_states():
+    kind, keys, *rest = np.random.get_state()
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        keys.tobytes(),
+        *rest,
+        random.getstate(),
+    )
+
+
+def _collate(collate, samples_and_rows):
+    samples, ours = samples_and_rows
+    return rows.Batch(collate(samples), ours)
+
+
+def _loader_of_our_rows(loader, context):
+    """A user's `DataLoader` that reads our rows of the same batches."""
+    # Workers in order: all processes see the same batches.
+    return torch.utils.data.DataLoader(
+        _OurRows(loader.dataset, context),
+        batch_sampler=loader.batch_sampler,
+        num_workers=loader.num_workers,
+        collate_fn=functools.partial(_collate, loader.collate_fn),
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        pin_memory_device=loader.pin_memory_device,
+    )
 
 
 def data_adapter(context, **arguments):
@@ -122,14 +286,15 @@ def data_adapter(context, **arguments):
         adapter = data_adapters.get_data_adapter(**arguments)
     finally:
         distribution_lib.set_distribution(distribution)
+    check_same_batches(adapter, arguments.get("steps_per_epoch"), context)
     if context.auto_shard:
+        check_sampler(adapter)
         return ShardedDataAdapter(adapter, context)
-    check_same_number_of_batches(adapter, arguments.get("steps_per_epoch"))
     return LocalDataAdapter(adapter, context)
 
 
-def check_same_number_of_batches(adapter, steps_per_epoch):
-    """Raises where processes would take different numbers of local batches.
+def check_same_batches(adapter, steps_per_epoch, context):
+    """Raises where processes would take different numbers of batches.
 
     One that knows its number does not ask for a batch beyond it, so that the
     others would wait for it.
@@ -137,13 +302,37 @@ def check_same_number_of_batches(adapter, steps_per_epoch):
     Collective: every process calls it.
     """
     numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, (adapter.num_batches, steps_per_epoch))
-    if any(other != numbers[0] for other in numbers):
-        batches, steps = zip(*numbers)
+    mine = (adapter.num_batches, steps_per_epoch)
+    if context.auto_shard:
+        size = adapter.batch_size
+        # Adapters of unknown batch sizes cannot say what the last one has.
+        mine += (size, size and adapter.partial_batch_size)
+    dist.all_gather_object(numbers, mine)
+    if all(other == numbers[0] for other in numbers):
+        return
+    batches, steps, *sizes = zip(*numbers)
+    received = f"batches={list(batches)}, steps_per_epoch={list(steps)}"
+    if sizes:
+        received += f", batch_size={list(sizes[0])}, last={list(sizes[1])}"
+    raise ValueError(
+        f"With `auto_shard_dataset={context.auto_shard}` every process must "
+        "have the same number of batches and of steps"
+        f"{', of the same global rows' if context.auto_shard else ''}. "
+        f"Received, from process 0 on: {received}"
+    )
+
+
+def check_sampler(adapter):
+    if not isinstance(adapter, TorchDataLoaderAdapter):
+        return
+    loader = adapter.get_torch_dataloader()
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    if any(isinstance(s, DistributedSampler) for s in samplers):
         raise ValueError(
-            "With `auto_shard_dataset=False` every process must have the same "
-            "number of batches and of steps. Received, from process 0 on: "
-            f"batches={list(batches)}, steps_per_epoch={list(steps)}"
+            "The sampler of the `DataLoader` gives each process rows of its "
+            "own, of which each would then take a part once more. Use another "
+            "sampler, or set `auto_shard_dataset=False` on the distribution. "
+            f"Received: sampler={loader.sampler}"
         )
 
 

@@ -71,17 +71,17 @@ SOURCES = {
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("source", SOURCES)
-def test_shards_of_a_batch_are_those_of_one_device(source, shards):
+def test_shards_of_a_batch_are_those_of_one_device(
+    source, shards, on_threads
+):
     expected = batches_of(get_data_adapter(**SOURCES[source]()))
-    ours = [
-        batches_of(
-            feeding.ShardedDataAdapter(
-                get_data_adapter(**SOURCES[source]()),
-                make_context(index, shards),
-            )
-        )
-        for index in range(shards)
-    ]
+
+    def run(rank):
+        adapter = get_data_adapter(**SOURCES[source]())
+        context = make_context(rank, shards)
+        return batches_of(feeding.ShardedDataAdapter(adapter, context))
+
+    ours = on_threads(shards, run)
     for batch, *pieces in zip(expected, *ours, strict=True):
         total = len(batch[0])
         for i in range(2):
@@ -190,12 +190,12 @@ def test_all_say_that_one_ran_out_of_batches(on_threads):
 
 def test_numbers_of_local_batches_are_compared_at_the_start(on_threads):
     def run(rank):
+        context = make_context(rank, 3, auto_shard=False)
         adapter = types.SimpleNamespace(num_batches=(3, 3, 2)[rank])
         with pytest.raises(ValueError, match=r"batches=\[3, 3, 2\]"):
-            feeding.check_same_number_of_batches(adapter, None)
-        feeding.check_same_number_of_batches(
-            types.SimpleNamespace(num_batches=3), 2
-        )
+            feeding.check_same_batches(adapter, None, context)
+        adapter = types.SimpleNamespace(num_batches=3)
+        feeding.check_same_batches(adapter, 2, context)
 
     on_threads(3, run)
 
@@ -234,9 +234,7 @@ def test_data_adapter_puts_the_distribution_back(fake_world):
 
 def test_data_adapter_of_local_rows(fake_world, monkeypatch):
     fake_world(2)
-    monkeypatch.setattr(
-        feeding, "check_same_number_of_batches", lambda *args: None
-    )
+    monkeypatch.setattr(feeding, "check_same_batches", lambda *args: None)
     with data_parallel(auto_shard_dataset=False).scope():
         adapter = feeding.data_adapter(
             context_lib.current(), x=arrays()[0], batch_size=4

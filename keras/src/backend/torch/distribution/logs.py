@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src import tree
 from keras.src.backend.common.stateless_scope import StatelessScope
+from keras.src.backend.common.variables import Variable
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
@@ -37,6 +39,7 @@ def reduce_logs(metrics, logs, stop, context):
     if context.data_size == 1:
         return logs, any_process(stop)
     variables = list({id(v): v for m in metrics for v in m.variables}.values())
+    logs = tree.map_structure(_value, logs)
     others = [
         name
         for name, value in logs.items()
@@ -131,12 +134,17 @@ def any_process(flag):
 def _results(metrics):
     results = {}
     for metric in metrics:
-        result = metric.result()
+        # While the state is what it is now: a metric may return a variable.
+        result = tree.map_structure(_value, metric.result())
         # A train step of one's own returns them by the name of the metric.
         results[metric.name] = result
         if isinstance(result, dict):
             results.update(result)
     return results
+
+
+def _value(x):
+    return x.value if isinstance(x, Variable) else x
 
 
 def _portion(variable, weight, context):

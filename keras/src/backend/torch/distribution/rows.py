@@ -9,6 +9,7 @@ right without knowing about it.
 """
 
 import contextlib
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -135,6 +136,20 @@ def agree_on_total(local, context):
     return Rows(local, int(total.item()))
 
 
+def ranges(context):
+    """Where the rows of each data shard start and stop among all.
+
+    Collective if rows were local from the start: every process of the data
+    axis calls it.
+    """
+    rows = get_current_rows()
+    shards = context.data_size
+    if rows.start is not None:
+        return [split(rows.total, shards, i) for i in range(shards)]
+    stops = list(itertools.accumulate(counts(rows.local, context.data_group)))
+    return list(zip([0, *stops], stops))
+
+
 def gather(x, context):
     """All rows, in order, of a tensor that holds our rows.
 
@@ -147,10 +162,9 @@ def gather(x, context):
     Returns:
         Tensor of shape `(global rows, ...)`.
     """
-    rows = get_current_rows()
-    shards = context.data_size
-    x = x[: rows.local]
-    largest = split(rows.total, shards, 0)[1]
+    sizes = [stop - start for start, stop in ranges(context)]
+    x = x[: sizes[context.data_index]]
+    shards, largest = len(sizes), max(sizes)
     padded = x.new_zeros((largest, *x.shape[1:]))
     padded[: x.shape[0]] = x
     everything = padded.new_empty((shards * largest, *x.shape[1:]))
@@ -159,11 +173,34 @@ def gather(x, context):
         padded, everything = padded.byte(), everything.byte()
     dist.all_gather_single(everything, padded, group=context.data_group)
     pieces = everything.view(shards, largest, *x.shape[1:])
-    sizes = [split(rows.total, shards, i) for i in range(shards)]
-    result = torch.cat(
-        [piece[: stop - start] for piece, (start, stop) in zip(pieces, sizes)]
-    )
+    result = torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
     return result.bool() if as_bytes else result
+
+
+class GatherForLoss(torch.autograd.Function):
+    """All rows, for a loss that looks at those of other shards.
+
+    Collective, forward and backward. A gradient on shard i belongs to the loss
+    of shard i: as in `collectives.SumOverData`, our rows get
+    (sum of weight_i * gradient_i) / (our weight).
+    """
+
+    @staticmethod
+    def forward(ctx, x, context):
+        ctx.context, ctx.shape = context, x.shape
+        ctx.weight = get_current_rows().weight
+        ctx.start, ctx.stop = ranges(context)[context.data_index]
+        return gather(x, context)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = collectives.weighted(
+            collectives.whole_gradient(grad), ctx.weight
+        ).contiguous()
+        dist.all_reduce(grad, group=ctx.context.data_group)
+        if not ctx.weight:
+            return grad.new_zeros(ctx.shape), None
+        return grad[ctx.start : ctx.stop] / ctx.weight, None
 
 
 def counts(local, group):
