@@ -30,7 +30,7 @@ def make_model(rate=0.05, **kwargs):
     model = keras.Sequential(
         [keras.Input((FEATURES,)), layers.Dense(4, "tanh"), layers.Dense(1)]
     )
-    model.compile(keras.optimizers.SGD(rate, **kwargs), "mse", ["mae"])
+    model.compile(keras.optimizers.SGD(rate, **kwargs), "mse", metrics=["mae"])
     return model
 
 

@@ -302,7 +302,7 @@ class Fails(Samples):
         self.rank = rank
 
     def __getitem__(self, index):
-        if self.rank == 1 and index == 4:
+        if self.rank == 1 and index == 5:
             raise OSError("no such file")
         return super().__getitem__(index)
 

@@ -71,9 +71,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("source", SOURCES)
-def test_shards_of_a_batch_are_those_of_one_device(
-    source, shards, on_threads
-):
+def test_shards_of_a_batch_are_those_of_one_device(source, shards, on_threads):
     expected = batches_of(get_data_adapter(**SOURCES[source]()))
 
     def run(rank):
