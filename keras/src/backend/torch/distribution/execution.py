@@ -52,7 +52,7 @@ def _call(layer, context, args, kwargs):
             styles.log_call(layer, style, args, outputs)
             if layer.activity_regularizer is not None:
                 # Keras's own code, and the user's, on what leaves the layer.
-                outputs = tree.map_structure(styles.whole, outputs)
+                outputs = tree.map_structure(activations.whole, outputs)
         if not layer._layers:
             tree.map_structure(_keep_gradient_plain, outputs)
     finally:

@@ -371,11 +371,12 @@ class GatherOverData(torch.autograd.Function):
         context = ctx.context
         grad = collectives.whole_gradient(grad)
         if context.data_size > 1:
+            dtype = torch.promote_types(grad.dtype, torch.float32)
             grad = collectives.reduce_scatter(
-                collectives.weighted(grad, rows.weight(context)),
+                collectives.weighted(grad.to(dtype), rows.weight(context)),
                 ctx.dim,
                 context.data_group,
-            )
+            ).to(grad.dtype)
         return grad, None, None, None
 
 
