@@ -138,7 +138,8 @@ def scope(shape, **kernels):
     for name, axes in kernels.items():
         layouts[f".*{name}/(kernel|embeddings)"] = axes
         if any(axes[1:]):
-            layouts[f".*{name}/bias"] = axes[1:]
+            # A convolution's has but its channels.
+            layouts[f".*{name}/bias"] = axes[1:] if len(axes) < 4 else axes[3:]
     return parity.model_parallel(shape, layouts).scope()
 
 
@@ -168,6 +169,31 @@ def test_column_row_reduces_once_each_way():
     assert counted.backward == {"all_reduce": 1}
     assert counted.forward_bytes == {"all_reduce": 4 * ROWS * 5}
     assert counted.backward_bytes == {"all_reduce": 4 * ROWS * 4}
+
+
+@pytest.mark.world(2)
+def test_convolutions_reduce_once_each_way():
+    """Channels stay cut through what treats each of them by itself."""
+    columns, rows = (None, None, None, "model"), (None, None, "model", None)
+    with scope((1, 2), column=columns, row=rows):
+        model = keras.Sequential(
+            [
+                keras.Input((6, 5, 3)),
+                layers.Conv2D(4, 1, name="whole"),
+                layers.Conv2D(8, 3, activation="relu", name="column"),
+                layers.MaxPooling2D(2),
+                layers.DepthwiseConv2D(1, name="each"),
+                layers.Activation("gelu"),
+                layers.Conv2D(5, 1, name="row"),
+            ]
+        )
+        counted = Counted(model, normal(6, 5, 3))
+    assert counted.forward == {"all_reduce": 1}
+    assert counted.forward_bytes == {"all_reduce": 4 * ROWS * 2 * 5}
+    # The kernel and the bias of the layer between are whole: each process
+    # has the gradient of its channels.
+    assert counted.backward.pop("all_reduce") == 1
+    assert set(counted.backward) <= {"all_gather"}
 
 
 @pytest.mark.world(2)
