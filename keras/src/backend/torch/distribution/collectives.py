@@ -58,12 +58,13 @@ def all_gather(x, dim, size, group):
         x = torch.cat([x, x.new_zeros(padding)], dim)
     result = x.new_empty((shards, *x.shape))
     dist.all_gather_single(
-        result.view(-1, *x.shape[1:]) if x.ndim else result,
+        result.flatten(0, 1) if x.ndim else result,
         x.contiguous(),
         group=group,
     )
     if dim == 0:
-        result = result.view(-1, *x.shape[1:])
+        # Not by `view`: a dim that another axis has cut may be empty.
+        result = result.flatten(0, 1)
     else:
         result = torch.cat(result.unbind(0), dim)
     return result if result.shape[dim] == size else result.narrow(dim, 0, size)

@@ -46,6 +46,19 @@ def test_all_gather_undoes_shard_of(on_threads, size, dim):
         assert torch.equal(result, x)
 
 
+@pytest.mark.parametrize("dim", [0, 2])
+def test_all_gather_of_nothing(on_threads, dim):
+    """What another axis has cut may be empty here."""
+    x = torch.ones(6, 0, 6)
+
+    def run(rank):
+        ours = collectives.shard_of(x, dim, dist.group.WORLD)
+        return collectives.all_gather(ours, dim, 6, dist.group.WORLD)
+
+    for result in on_threads(WORLD, run):
+        assert result.shape == x.shape
+
+
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("size", SIZES)
 def test_reduce_scatter(on_threads, size, dim):
