@@ -176,6 +176,54 @@ def test_constraints(world_size):
 
 
 @pytest.mark.world(2)
+def test_weight_decay_with_exclusions(world_size):
+    def make_optimizer():
+        optimizer = optimizers.AdamW(0.1, weight_decay=0.5, epsilon=1e-3)
+        optimizer.exclude_from_weight_decay(var_names=["up", "bias"])
+        return optimizer
+
+    check(make_optimizer, world_size)
+
+
+@pytest.mark.world(2)
+def test_updates_by_hand(world_size):
+    """`apply` of whole gradients, and `stateless_apply`, without a step."""
+    names = ["sgd", "momentum", "adam", "ftrl", "schedule_free", "lamb"]
+
+    def program(name):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(7)
+        model = make_model()
+        optimizer = OPTIMIZERS[name]()
+        variables = model.trainable_variables
+        rng = np.random.default_rng(1)
+        for _ in range(2):
+            gradients = [
+                keras.ops.convert_to_tensor(
+                    rng.standard_normal(v.shape).astype("float32")
+                )
+                for v in variables
+            ]
+            optimizer.apply(gradients, variables)
+        by_hand = [keras.ops.convert_to_numpy(v) for v in variables]
+        updated = optimizer.stateless_apply(
+            [v.value for v in optimizer.variables],
+            gradients,
+            [v.value for v in variables],
+        )
+        updated = keras.tree.map_structure(
+            keras.ops.convert_to_numpy, list(updated)
+        )
+        return by_hand, updated
+
+    for name in names:
+        expected = program(name)
+        for shape in [(1, 2), (2, 1)]:
+            with parity.model_parallel(shape, LAYOUTS).scope():
+                parity.assert_same(program(name), expected, 2e-5)
+
+
+@pytest.mark.world(2)
 def test_learning_rate_schedule(world_size):
     check(
         lambda: optimizers.SGD(

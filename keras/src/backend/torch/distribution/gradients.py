@@ -75,6 +75,9 @@ class Reducer:
             lambda parameter: self._after(number, parameter)
         )
 
+    # Autograd calls the hooks. Compiled train steps would try to compile them
+    # too, piece by piece: they do nothing that a compiler could make faster.
+    @torch.compiler.disable
     def _before(self, number, parameter):
         current = self._pass()
         if current is None:
@@ -92,11 +95,13 @@ class Reducer:
             current.kept[number] = parameter.grad
             parameter.grad = None
 
+    @torch.compiler.disable
     def _after(self, number, parameter):
         current = self._pass()
         if current is not None:
             current.ready(number, parameter)
 
+    @torch.compiler.disable
     def _finish(self, current):
         self._pass = _no_pass
         current.finish()

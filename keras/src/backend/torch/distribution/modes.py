@@ -23,6 +23,15 @@ class _Modes(threading.local):
     sharded_outputs = False  # what leaves the outermost layer may be sharded
     drawing = False  # drawing initial values, equal on all processes
 
+    def __init__(self):
+        # Of each thread. `torch.compile` guards on what an object itself has,
+        # and what is first written while it compiles fails its guards.
+        vars(self).update(
+            (name, value)
+            for name, value in vars(_Modes).items()
+            if not name.startswith("_")
+        )
+
 
 modes = _Modes()
 

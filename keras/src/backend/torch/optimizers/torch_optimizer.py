@@ -20,7 +20,12 @@ __all__ = ["TorchOptimizer"]
 
 class TorchOptimizer(upstream.TorchOptimizer):
     def apply(self, grads, trainable_variables=None):
-        if current() is None:
+        if trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+        variables = trainable_variables or self._trainable_variables
+        if current() is None or not any(
+            isinstance(getattr(v, "_value", None), DTensor) for v in variables
+        ):
             super().apply(grads, trainable_variables)
             return
         # Gradients, slots and weights are equal on all data shards, so they
