@@ -103,7 +103,13 @@ def qwen_moe(**kwargs):
 
 
 def mixtral():
-    backbone = models.MixtralBackbone(**DECODER, num_experts=3, top_k=2)
+    backbone = models.MixtralBackbone(
+        **DECODER,
+        num_experts=3,
+        top_k=2,
+        # The balance of experts is of a data shard's rows, see the README.
+        router_aux_loss_coef=0.0,
+    )
     return models.MixtralCausalLM(backbone, None)
 
 
