@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import keras
 from integration_tests import everyone
@@ -147,6 +148,37 @@ def test_gradients_of_moments():
     parity.assert_parity(
         make_model, x, x[:, :2], keras.distribution.DataParallel()
     )
+
+
+@pytest.mark.world(2)
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_hand_written_loop(has_mask, rank):
+    """There, `synchronized` asks for the statistics of all rows."""
+    x = padded() if has_mask else normal(TIME, 3)
+
+    def train(x):
+        def run(model):
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                y = model(ops.convert_to_tensor(x), training=True)
+                torch.mean(y**3).backward()
+                optimizer.step()
+            return ops.convert_to_numpy(y)
+
+        return run
+
+    def make_model():
+        stack = [layers.Masking()] if has_mask else []
+        stack += [up(), norm(synchronized=True), layers.Dense(2)]
+        return keras.Sequential([keras.Input((TIME, 3)), *stack])
+
+    expected = parity.run(train(x), make_model)
+    ours = slice(4 * rank, 4 * rank + 4)
+    expected["said"] = expected["said"][ours]
+    distribution = keras.distribution.DataParallel()
+    actual = parity.run(train(x[ours]), make_model, distribution)
+    parity.assert_same(actual, expected)
 
 
 @pytest.mark.world(2)

@@ -119,6 +119,12 @@ def loader(dataset=None, **kwargs):
     return DataLoader(dataset or Samples(), **{"batch_size": BATCH, **kwargs})
 
 
+def by_longest(samples):
+    """A batch of which each row depends on all others, and on a draw."""
+    x, y = torch.utils.data.default_collate(samples)
+    return x / x.abs().max() + torch.rand(1), y
+
+
 def nested():
     x, y, weights = data()
     return (
@@ -171,6 +177,7 @@ SOURCES = {
     },
     "loader, last dropped": lambda: {"x": loader(drop_last=True)},
     "loader, augmented": lambda: {"x": loader(Augmented(), shuffle=True)},
+    "loader, padded": lambda: {"x": loader(collate_fn=by_longest)},
     "loader, stream": lambda: {"x": loader(Stream())},
     "loader, whole batches": lambda: {
         "x": DataLoader(

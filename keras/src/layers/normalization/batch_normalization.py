@@ -20,9 +20,7 @@ class BatchNormalization(upstream.BatchNormalization):
 
     def _moments(self, inputs, mask):
         axes = self._reduction_axes
-        context = statistics.context_over_rows(
-            inputs, axes, self.synchronized and mask is None
-        )
+        context = statistics.context_over_rows(inputs, axes, self.synchronized)
         if mask is None or context is None:
             return super()._moments(inputs, mask)
         valid = ops.cast(ops.expand_dims(mask, axis=-1), "bool")

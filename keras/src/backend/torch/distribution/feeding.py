@@ -56,16 +56,17 @@ class ShardedDataAdapter(DataAdapter):
 
     def _reading_less(self, loader):
         """A loader that reads our rows only, if that is possible."""
-        # A subclass may do anything with what it reads.
-        if type(loader) is not torch.utils.data.DataLoader:
-            return loader
-        is_stream = isinstance(loader.dataset, torch.utils.data.IterableDataset)
-        if is_stream or loader.batch_sampler is None:
-            return loader
-        if isinstance(self.adapter, TorchDataLoaderAdapter):
-            self._loader = self._loader or _loader_of_our_rows(
-                loader, self.context
-            )
+        # A subclass, or a collate function of the user's, may look at all rows
+        # of a batch: to pad them to the longest, say.
+        if (
+            type(loader) is torch.utils.data.DataLoader
+            and isinstance(self.adapter, TorchDataLoaderAdapter)
+            and not isinstance(loader.dataset, torch.utils.data.IterableDataset)
+            and loader.batch_sampler is not None
+            and loader.collate_fn is torch.utils.data.default_collate
+        ):
+            if self._loader is None:
+                self._loader = _loader_of_our_rows(loader, self.context)
             return self._loader
         return loader
 
