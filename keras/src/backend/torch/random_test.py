@@ -20,7 +20,10 @@ def in_a_layer(no_world):
 
     def draw(function, index, shards=2):
         context = types.SimpleNamespace(
-            data_size=shards, data_index=index, model_mesh=None
+            has_layouts=False,
+            data_size=shards,
+            data_index=index,
+            model_mesh=None,
         )
         global_state.set_global_attribute(
             "distribution",
