@@ -80,6 +80,12 @@ WITH_ARGUMENTS = {
     "interpolate": lambda x: torch.nn.functional.interpolate(x, scale_factor=2),
     "inverse": lambda x: ops.inv(symmetric(x)),
     "last": lambda x: x[..., -1],
+    "layer_norm": lambda x: torch.nn.functional.layer_norm(
+        x, (8,), OTHER[0, 0], OTHER[0, 1]
+    ),
+    "layer_norm of two dims": lambda x: torch.nn.functional.layer_norm(
+        x, (6, 8), OTHER[0], OTHER[1]
+    ),
     "log_softmax": lambda x: ops.log_softmax(x, 1),
     "logsumexp": lambda x: ops.logsumexp(x, -1),
     "masked_fill": lambda x: x.masked_fill(x > 0.5, 0.0),

@@ -69,7 +69,7 @@ SHARDED = frozenset(
     logical_and logical_or logical_xor addcmul addcdiv copy_ rsqrt_ sqrt_ exp_
     relu_ neg_ fill_ zero_
     matmul mm bmm linear einsum
-    sum mean softmax log_softmax
+    sum mean softmax log_softmax layer_norm
     permute transpose movedim moveaxis swapaxes swapdims t reshape view flatten
     unflatten unsqueeze squeeze expand expand_as broadcast_to concat
     concatenate cat stack split chunk narrow select
