@@ -58,10 +58,8 @@ def on_both(first, last):
 
 TWO = {
     "last": Layout((1, 2), on_last("model")),
-    "first": Layout((1, 2), on_first("model")),
     "data": Layout((2, 1), on_first("batch")),
 }
-BOTH = Layout((2, 2), on_both("batch", "model"))
 # On models of several kinds of layers.
 FOUR = {
     "last": Layout((1, 4), on_last("model")),
@@ -491,7 +489,6 @@ CASES = [
     *ATTENTION,
 ]
 # The same on any mesh, and large.
-ELEMENTWISE_CASES = [activations_of_dense, activations_of_shards]
 MIXED = [transformer, mixture, attention, grouped_attention]
 
 
@@ -537,12 +534,6 @@ def named(functions):
 @named(CASES)
 def test_two_processes(case, layout):
     check(case, TWO[layout])
-
-
-@pytest.mark.world(4)
-@named([case for case in CASES if case not in ELEMENTWISE_CASES])
-def test_both_axes(case):
-    check(case, BOTH)
 
 
 @pytest.mark.world(4)

@@ -132,7 +132,7 @@ def check(length, width, blocks, mesh, seed):
     parity.assert_same(actual, expected, 1e-4)
 
 
-EXAMPLES = {2: 120, 4: 60}
+EXAMPLES = {2: 80, 4: 30}
 
 
 @pytest.mark.world(2, 4)
