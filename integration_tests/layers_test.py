@@ -488,7 +488,6 @@ CASES = [
     shapes,
     *ATTENTION,
 ]
-# The same on any mesh, and large.
 MIXED = [transformer, mixture, attention, grouped_attention]
 
 
