@@ -48,6 +48,12 @@ class ProjectionStyle(styles.ShardedStyle):
             and not cuts.has_several_on_a_dim(
                 getattr(args[0], "placements", ())
             )
+            and not (
+                layer.bias is not None
+                and cuts.has_several_on_a_dim(
+                    getattr(layer.bias._value, "placements", ())
+                )
+            )
         )
 
 
@@ -113,21 +119,26 @@ def _bias(layer, context, placements, letters):
         storage.read_stored(layer.bias), context
     )
     offset = len(letters.output) - len(layer.bias.shape)
-    for axis, placement in enumerate(placements):
-        group = context.model_mesh.get_group(axis)
+    wanted = []
+    for placement in placements:
         dim = contraction.dim_of(placement)
         own = None if dim is None else dim - offset
         if own is not None and (own < 0 or layer.bias.shape[own] == 1):
             own = None
-        stored = contraction.dim_of(bias_placements[axis])
-        if stored != own:
-            if stored is not None:
-                bias = collectives.AllGather.apply(
-                    bias, stored, layer.bias.shape[stored], group
-                )
-            if own is not None:
-                bias = collectives.Slice.apply(bias, own, group)
-        if dim is not None and own is None:
+        wanted.append(own)
+    groups = [context.model_mesh.get_group(a) for a in range(len(placements))]
+    held = [contraction.dim_of(p) for p in bias_placements]
+    # What is gathered is gathered before another axis cuts the same dim.
+    for group, dim, own in zip(groups, held, wanted):
+        if dim is not None and dim != own:
+            bias = collectives.AllGather.apply(
+                bias, dim, layer.bias.shape[dim], group
+            )
+    for group, dim, own in zip(groups, held, wanted):
+        if own is not None and dim != own:
+            bias = collectives.Slice.apply(bias, own, group)
+    for group, placement, own in zip(groups, placements, wanted):
+        if placement.is_shard() and own is None:
             # One bias for all parts of the output.
             bias = collectives.AllReduceGradient.apply(bias, group)
     return bias
