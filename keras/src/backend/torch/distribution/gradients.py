@@ -48,6 +48,8 @@ class Reducer:
         self.group = context.data_group
         self._registered = 0
         self._parameters = weakref.WeakValueDictionary()
+        # What a gradient of each is like, known after it has been freed too.
+        self._likes = []
         self._nodes = {}
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
@@ -63,6 +65,11 @@ class Reducer:
         number = self._registered
         self._registered += 1
         self._parameters[number] = parameter
+        local = parameter.detach()
+        if isinstance(parameter, DTensor):
+            local = sharded.local_of(parameter)
+        like = torch.empty(local.shape, dtype=local.dtype, device="meta")
+        self._likes.append((like, local.device))
         # The node that writes `grad` holds a hook only as long as it lives
         # itself, which is as long as somebody refers to it. And it holds the
         # parameter: nobody would free the two if we did not let go.
@@ -128,15 +135,9 @@ class Reducer:
         buckets = []
         open_buckets = {}
         for number in sorted(numbers, reverse=True):
-            parameter = self._parameters.get(number)
-            if parameter is None:
-                continue
-            local = (
-                sharded.local_of(parameter)
-                if isinstance(parameter, DTensor)
-                else parameter
-            )
-            key = (local.dtype, local.device)
+            # Whether it still lives here must not matter: elsewhere it may.
+            local, device = self._likes[number]
+            key = (local.dtype, device)
             bucket = open_buckets.get(key)
             if bucket is None or bucket.bytes > BUCKET_BYTES:
                 bucket = open_buckets[key] = _Bucket(*key)
