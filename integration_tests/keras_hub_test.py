@@ -97,6 +97,7 @@ def qwen_moe(**kwargs):
         shared_expert_intermediate_dim=9,
         num_experts=3,
         top_k=2,
+        router_aux_loss_coefficient=0.1,
         **kwargs,
     )
     return models.QwenMoeCausalLM(backbone, None)
@@ -107,8 +108,7 @@ def mixtral():
         **DECODER,
         num_experts=3,
         top_k=2,
-        # The balance of experts is of a data shard's rows, see the README.
-        router_aux_loss_coef=0.0,
+        router_aux_loss_coef=0.1,
     )
     return models.MixtralCausalLM(backbone, None)
 
@@ -231,8 +231,8 @@ def values(model):
 
 
 @functools.cache
-def on_one_device(make, **kwargs):
-    return program(functools.partial(make, **kwargs), text)
+def on_one_device(make):
+    return program(make, text)
 
 
 def device_mesh(shape):
@@ -243,17 +243,12 @@ def device_mesh(shape):
 @pytest.mark.parametrize("shape", [(1, 4), (2, 2), (4, 1)], ids=str)
 @pytest.mark.parametrize("make", [gemma, llama3, qwen_moe])
 def test_shipped_layout_map(make, shape):
-    kwargs = {}
-    if make is qwen_moe and shape[0] > 1:
-        # The balance of experts is of a data shard's rows, see the README.
-        kwargs["router_aux_loss_coefficient"] = 0.0
-    expected = on_one_device(make, **kwargs)
+    expected = on_one_device(make)
     backbone = type(make().backbone)
     distribution = keras.distribution.ModelParallel(
         layout_map=backbone.get_layout_map(device_mesh(shape)),
         batch_dim_name="batch",
     )
-    make = functools.partial(make, **kwargs)
     actual = program(make, text, distribution)
     parity.assert_same(actual, expected, 2e-5)
 

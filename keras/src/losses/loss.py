@@ -3,33 +3,85 @@
 In a step, the loss of a data shard is such that the mean over shards, weighted
 with their rows, is the loss of the global batch (see `distribution/rows.py`).
 A mean over rows is that already. A divisor that is not the number of rows must
-be our share of the global one, and a sum must be extrapolated to all rows.
+be our share of the global one, and a sum must be extrapolated to all rows. What
+a loss of the user's own reduces by itself goes over all rows (see
+`distribution/reductions.py`).
 """
 
 import torch
 import torch.distributed as dist
 
 from keras.src import ops
+from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import reductions
 from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution import trials
 from keras.src.losses import loss as upstream
 
-__all__ = ["apply_mask", "reduce_values"]
+__all__ = ["Loss", "apply_mask", "reduce_values"]
 
+ReleasedLoss = upstream.Loss
 released_apply_mask = upstream.apply_mask
 released_reduce_values = upstream.reduce_values
 
 MEANS = ("sum_over_batch_size", "mean", "mean_with_sample_weight")
 
 
+@keras_export(["keras.Loss", "keras.losses.Loss"])
+class Loss(upstream.Loss):
+    __doc__ = upstream.Loss.__doc__
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        if reductions.context_in_step() is None or _is_of_keras(self):
+            return super().__call__(y_true, y_pred, sample_weight)
+        # Keras's own way, from what our `call` gives.
+        return ReleasedLoss.__call__(
+            _OverAllRows(self), y_true, y_pred, sample_weight
+        )
+
+
+class _OverAllRows:
+    """A loss whose own code goes over all rows."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def __getattr__(self, name):
+        return getattr(self.loss, name)
+
+    def call(self, y_true, y_pred):
+        loss = self.loss
+        values, is_of_rows = reductions.run(loss, loss.call, y_true, y_pred)
+        if loss.reduction == "sum" and values.ndim and not is_of_rows:
+            # Its sum is that of all rows, and will be extrapolated to them.
+            values = values * rows.weight(reductions.context_in_step())
+        return values
+
+
+def _is_of_keras(loss):
+    """Whether the code of a loss is Keras's, which treats rows one by one."""
+    code = (type(loss), getattr(loss, "fn", None))
+    return all(
+        part is None
+        or (getattr(part, "__module__", None) or "").startswith("keras.src.")
+        for part in code
+    )
+
+
+@trials.known
 def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
     """As Keras's.
 
     Collective in a step with `"mean_with_sample_weight"` and sample weights:
     every process of the data axis calls it.
     """
-    context = _distributed()
+    loss = _reduce_values(values, sample_weight, reduction)
+    return loss if loss is values else reductions.to_all(loss)
+
+
+def _reduce_values(values, sample_weight, reduction):
+    context = reductions.context_in_step()
     if context is None or tuple(values.shape) == ():
         return released_reduce_values(values, sample_weight, reduction)
     if reduction == "sum":
@@ -45,13 +97,14 @@ def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
     return released_reduce_values(values, sample_weight, reduction)
 
 
+@trials.known
 def apply_mask(sample_weight, mask, dtype, reduction):
     """As Keras's.
 
     Collective in a step with a mask and a mean: every process of the data axis
     calls it.
     """
-    context = _distributed()
+    context = reductions.context_in_step()
     if context is None or mask is None or reduction not in MEANS[:2]:
         return released_apply_mask(sample_weight, mask, dtype, reduction)
     # Valid entries weigh `total / valid`, as released Keras has it.
@@ -67,13 +120,6 @@ def apply_mask(sample_weight, mask, dtype, reduction):
     # In place, as released Keras has it: the metrics of the step see it.
     sample_weight *= weights
     return sample_weight
-
-
-def _distributed():
-    context = current()
-    if context is None or context.data_size == 1:
-        return None
-    return context if rows.get_current_rows() is not None else None
 
 
 def _our_share(divisor, context, dtype):

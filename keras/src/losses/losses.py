@@ -8,6 +8,7 @@ from keras.src import backend
 from keras.src import ops
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import statistics
+from keras.src.backend.torch.distribution import trials
 from keras.src.losses import losses as upstream
 
 __all__ = ["circle", "dice", "tversky"]
@@ -17,6 +18,7 @@ released_dice = upstream.dice
 released_tversky = upstream.tversky
 
 
+@trials.known
 def dice(y_true, y_pred, axis=None):
     """As Keras's; in a step, over the rows of all data shards.
 
@@ -34,6 +36,7 @@ def dice(y_true, y_pred, axis=None):
     return 1 - 2.0 * both / (true + predicted + backend.epsilon())
 
 
+@trials.known
 def tversky(y_true, y_pred, alpha=0.5, beta=0.5, axis=None):
     """As Keras's; in a step, over the rows of all data shards.
 
@@ -56,6 +59,7 @@ def tversky(y_true, y_pred, alpha=0.5, beta=0.5, axis=None):
     return 1 - both / (both + missed * alpha + wrong * beta + backend.epsilon())
 
 
+@trials.known
 def circle(
     y_true, y_pred, ref_labels=None, ref_embeddings=None, *args, **kwargs
 ):

@@ -10,6 +10,7 @@ from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import operators
+from keras.src.backend.torch.distribution import reductions
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
@@ -137,13 +138,14 @@ def remat(f):
 
     def wrapped(*args, **kwargs):
         again = modes.as_now()
+        over_rows = reductions.as_now()
         context = current()
 
         @again
         def function(*args, **kwargs):
             if context is None:
                 return f(*args, **kwargs)
-            with operators.on_shards(context):
+            with operators.on_shards(context), over_rows():
                 return f(*args, **kwargs)
 
         return released_remat(function)(*args, **kwargs)

@@ -16,6 +16,7 @@ from keras.src.backend.torch.distribution import cross_entropy
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import statistics
+from keras.src.backend.torch.distribution import trials
 
 __all__ = [
     "adaptive_average_pool",
@@ -196,6 +197,7 @@ def _cut(x, mesh, placements, query_shape):
     return x
 
 
+@trials.known
 def moments(x, axes, keepdims=False, synchronized=False):
     """As Keras's; in a step, over the rows of the global batch.
 

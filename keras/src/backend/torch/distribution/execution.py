@@ -1,5 +1,7 @@
 """One call of a layer under a distribution."""
 
+import functools
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -10,7 +12,9 @@ from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import gradients
 from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import plan
+from keras.src.backend.torch.distribution import reductions
 from keras.src.backend.torch.distribution import styles
+from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_plain_tensors
 from keras.src.ops.operation import Operation
@@ -23,13 +27,25 @@ def call(layer, context, args, kwargs):
     sublayers that is handed a sharded activation. Any other layer runs as
     released Keras has it.
 
-    Collective along the axes that shard the layer's variables and inputs.
+    Collective along the axes that shard the layer's variables and inputs, and
+    along the data axis where its code reduces rows.
     """
-    if core.get_device() == "meta" or any_symbolic_tensors(args, kwargs):
-        return Operation.__call__(layer, *args, **kwargs)
-    if modes.on_shards or not context.has_layouts:
-        return _call(layer, context, args, kwargs)
-    with operators.on_shards(context):
+    if (
+        core.get_device() == "meta"
+        or trials.is_trial()
+        or any_symbolic_tensors(args, kwargs)
+    ):
+        with trials.inside(layer):
+            return Operation.__call__(layer, *args, **kwargs)
+    if modes.calls:
+        with reductions.of_layer(layer):
+            return _call(layer, context, args, kwargs)
+    function = functools.partial(Operation.__call__, layer)
+    with (
+        operators.on_shards(context),
+        reductions.of_outermost(layer, function, args, kwargs),
+        reductions.of_layer(layer),
+    ):
         return _call(layer, context, args, kwargs)
 
 

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.modes import modes
 
@@ -29,7 +30,8 @@ def context_over_rows(x, axes, synchronized=False):
         return None
     if axes is not None and not any(axis % x.ndim == 0 for axis in axes):
         return None
-    if synchronized or (rows.get_current_rows() is not None and modes.calls):
+    in_code = modes.calls or trials.is_watched()
+    if synchronized or (rows.get_current_rows() is not None and in_code):
         return context
     return None
 

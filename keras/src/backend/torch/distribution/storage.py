@@ -15,6 +15,7 @@ from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.context import logger
 from keras.src.backend.torch.distribution.modes import modes
@@ -169,6 +170,8 @@ def present(value, variable):
     """
     if not isinstance(value, DTensor):
         return _enter(value) if modes.on_dtensors else value
+    if trials.is_trial():
+        return value.new_empty(value.shape, device=value.to_local().device)
     if modes.local:
         return sharded.local_of(value)
     if not modes.calls or modes.stored:

@@ -1,0 +1,366 @@
+"""Somebody's code on a data shard, as it goes over all rows on one device.
+
+What a trial found (see `trials`) is made global in the real run: a sum over our
+rows becomes the sum over all, a mean the weighted mean, a number of rows that
+enters the arithmetic the global one; for any other function that reduces rows
+they are gathered. Where rows meet other rows, or the trial failed, a loss or a
+metric is computed on all rows, gathered.
+"""
+
+import collections
+import contextlib
+import logging
+import weakref
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from keras.src import tree
+from keras.src.backend.torch.distribution import process_group
+from keras.src.backend.torch.distribution import rows as rows_lib
+from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import statistics
+from keras.src.backend.torch.distribution import trials
+from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.modes import modes
+
+logger = logging.getLogger("keras.distribution")
+
+_trials = weakref.WeakKeyDictionary()  # owner -> {signature: Trial}
+_current = [None]  # the `Run` of the outermost layer call under way
+
+
+def context_in_step():
+    """The `Context` in a step with several data shards, else None."""
+    context = current()
+    if context is None or context.data_size == 1:
+        return None
+    return context if rows_lib.get_current_rows() is not None else None
+
+
+def run(owner, function, *args):
+    """`function(*args)` of a global batch, for our rows of it.
+
+    Collective in a step, along the data axis, forward and backward: every
+    process of it calls it.
+
+    Args:
+        owner: the loss or the metric, which trials are kept for.
+        function: takes tensors with our rows.
+
+    Returns:
+        What `function` returns, and whether that has an entry for each of our
+        rows. If it has not, it is that of all rows, equal on all data shards.
+    """
+    context = context_in_step()
+    if context is None or trials.is_watched():
+        outputs = function(*args)
+        return outputs, bool(outputs.ndim)
+    trial = trial_of(owner, function, args, {})
+    if trial.failed or trial.mixes:
+        _say_gathered(owner, trial)
+        return on_all_rows(function, args, context)
+    if not trial.found and not trial.uses_losses:
+        return function(*args), trial.returns_rows
+    with Run(trial, context, owner).mode():
+        return function(*args), trial.returns_rows
+
+
+@contextlib.contextmanager
+def of_outermost(layer, function, args, kwargs):
+    """Within it, layers go over all rows where their code does.
+
+    Collective in a step, along the data axis, where it does: every process of
+    it enters.
+
+    Args:
+        layer: the outermost layer, about to be called.
+        function: its call.
+        args, kwargs: arguments of the call.
+    """
+    context = context_in_step()
+    if context is None or trials.is_watched():
+        yield
+        return
+    sizes = (n for v in layer.variables for n in v.shape)
+    with trials.inside(layer):
+        trial = trial_of(layer, function, args, kwargs, sizes)
+    if trial.failed or not trial.found:
+        if trial.failed:
+            logger.debug(
+                "layer %s: whether it reduces rows is not known, since it "
+                "does not run on meta tensors: %s",
+                layer.path,
+                trial.failed,
+            )
+        yield
+        return
+    previous, _current[0] = _current[0], Run(trial, context, layer)
+    try:
+        yield
+        _current[0].check()
+    finally:
+        _current[0] = previous
+
+
+def of_layer(layer):
+    """Within it, one layer's own code goes over all rows where it does so."""
+    run = _current[0]
+    if run is None or id(layer) not in run.layers:
+        return contextlib.nullcontext()
+    return run.mode()
+
+
+def as_now():
+    """The run under way, to be entered again for a recomputation."""
+    run = _current[0]
+    if run is None:
+        return contextlib.nullcontext
+    calls = run.calls.copy()
+
+    @contextlib.contextmanager
+    def again():
+        if _current[0] is run:
+            yield
+            return
+        repeated = Run(run.trial, run.context, run.owner)
+        repeated.calls = calls.copy()
+        previous, _current[0] = _current[0], repeated
+        try:
+            with of_layer(modes.layer):
+                yield
+        finally:
+            _current[0] = previous
+
+    return again
+
+
+def trial_of(owner, function, args, kwargs, sizes=()):
+    """The `Trial` of a function for arguments like these; run once."""
+    signature = tuple(_signature(x) for x in tree.flatten((args, kwargs)))
+    own = _trials.setdefault(owner, {})
+    signature += (_is_training(owner),)
+    if signature not in own:
+        own[signature] = _try(function, args, kwargs, sizes)
+    return own[signature]
+
+
+@torch.compiler.disable
+def _try(function, args, kwargs, sizes):
+    return trials.run(function, args, kwargs, sizes)
+
+
+def _signature(x):
+    if torch.is_tensor(x):
+        is_of_rows = bool(x.ndim) and x.shape[0] == trials.local_rows()
+        return tuple(x.shape[1:]), x.dtype, is_of_rows
+    return x if isinstance(x, (str, bool, int, float)) else type(x)
+
+
+def _is_training(owner):
+    if not hasattr(owner, "_get_call_context"):
+        return None
+    return owner._get_call_context().training
+
+
+class Run:
+    """A run in which what a trial found goes over all rows."""
+
+    paused = 0  # calls of known code under way
+
+    def __init__(self, trial, context, owner):
+        self.trial, self.context, self.owner = trial, context, owner
+        self.layers = trial.layers
+        self.calls = collections.Counter()
+        self.uses_losses = False
+        self.entered = 0
+
+    @contextlib.contextmanager
+    def mode(self):
+        """Within it, torch functions are looked at."""
+        self.entered += 1
+        try:
+            if self.entered > 1:
+                yield
+            else:
+                with trials.watched_by(self), _OverAllRows(self):
+                    yield
+        finally:
+            self.entered -= 1
+
+    def check(self):
+        """Says if the code did not do what it did in its trial."""
+        for key, found in self.trial.found.items():
+            if self.calls[key] <= max(found):
+                self.warn(f"{key[1]} was called {self.calls[key]} times")
+
+    def warn(self, what):
+        if process_group.is_first() and self.owner not in _said:
+            _said.add(self.owner)
+            logger.warning(
+                "%s does not reduce rows as it did when it was tried (%s): "
+                "its numbers may be those of a data shard's rows.",
+                self.owner,
+                what,
+            )
+
+    def next_found(self, name):
+        """What the trial found of the call that comes now, or None."""
+        key = trials.key_of(name)
+        found = self.trial.found.get(key)
+        if found is None or self.paused:
+            return None
+        number = self.calls[key]
+        self.calls[key] += 1
+        return found.get(number)
+
+
+_said = weakref.WeakSet()
+
+
+class _OverAllRows(TorchFunctionMode):
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        run = self.run
+        found = run.next_found(getattr(func, "__name__", ""))
+        if found is None:
+            return func(*args, **kwargs)
+        leaves = tree.flatten((args, kwargs))
+        if found.kind == trials.COUNT:
+            args, kwargs = _with_all_counted(leaves, found, (args, kwargs))
+            return func(*args, **kwargs)
+        local = trials.local_rows()
+        for x, dim in zip(leaves, found.dims):
+            if dim is not None and x.shape[dim[0]] != dim[1] * local:
+                run.warn(f"{func.__name__} of a shape {tuple(x.shape)}")
+                return func(*args, **kwargs)
+        if found.kind == trials.SUM:
+            outputs = func(*args, **kwargs)
+            return statistics.sum_over_data(outputs, run.context)
+        if found.kind == trials.MEAN:
+            outputs = func(*args, **kwargs)
+            share = rows_lib.get_current_rows().weight
+            return statistics.sum_over_data(outputs * share, run.context)
+        leaves = [
+            x if dim is None else gather(x, *dim, run.context)
+            for x, dim in zip(leaves, found.dims)
+        ]
+        first = next(dim for dim in found.dims if dim is not None)
+        args, kwargs = tree.pack_sequence_as((args, kwargs), leaves)
+        outputs = func(*args, **kwargs)
+        if found.kind == trials.ALONG_ROWS:
+            ours = slice_of_ours(run.context)
+            outputs = _map_tensors(lambda y: _cut(y, *first, ours), outputs)
+        return outputs
+
+
+def _with_all_counted(leaves, found, structure):
+    batch, local = rows_lib.get_current_rows(), trials.local_rows()
+    leaves = list(leaves)
+    for position, is_inverse in found.numbers:
+        x = leaves[position]
+        if is_inverse:
+            leaves[position] = x * local / batch.total
+        elif isinstance(x, int) and x % local == 0:
+            leaves[position] = x // local * batch.total
+        else:
+            leaves[position] = x / local * batch.total
+    return tree.pack_sequence_as(structure, leaves)
+
+
+def gather(x, dim, entries, context):
+    """All rows of a tensor, in order.
+
+    Collective along the data axis, forward and backward.
+
+    Args:
+        x: tensor with our rows in `dim`.
+        entries: how many entries of `dim` belong to a row.
+    """
+    x = sharded.whole(x).movedim(dim, 0)
+    rest = x.shape[1:]
+    x = x.reshape(x.shape[0] // entries, entries, *rest)
+    x = rows_lib.GatherForLoss.apply(x.contiguous(), context)
+    return x.reshape(-1, *rest).movedim(0, dim)
+
+
+def slice_of_ours(context):
+    """Which of all rows we compute on, as a slice."""
+    start, stop = rows_lib.ranges(context)[context.data_index]
+    return slice(*rows_lib.with_a_row(start, stop))
+
+
+def _cut(y, dim, entries, ours):
+    size = (ours.stop - ours.start) * entries
+    return y.narrow(dim, ours.start * entries, size)
+
+
+def _map_tensors(function, outputs):
+    if isinstance(outputs, torch.Tensor):
+        return function(outputs)
+    return type(outputs)(map(function, outputs))
+
+
+def on_all_rows(function, args, context):
+    """As `run`, of gathered tensors; what it returns for each row is cut.
+
+    Collective along the data axis, forward and backward.
+    """
+    local = trials.local_rows()
+    total = rows_lib.get_current_rows().total
+
+    def whole(x):
+        if not torch.is_tensor(x) or not x.ndim or x.shape[0] != local:
+            return x
+        y = gather(x, 0, 1, context)
+        mask = getattr(x, "_keras_mask", None)
+        if mask is not None:
+            y._keras_mask = whole(mask)
+        return y
+
+    args = tree.map_structure(whole, args)
+    ours = slice_of_ours(context)
+    with rows_lib.current_rows(None):
+        outputs = function(*args)
+    if not _has_row(outputs, total):
+        return outputs, False
+    mask = getattr(outputs, "_keras_mask", None)
+    outputs = outputs[ours]
+    if mask is not None:
+        outputs._keras_mask = mask[ours]
+    return outputs, True
+
+
+def _has_row(outputs, number):
+    return bool(outputs.ndim) and outputs.shape[0] == number
+
+
+def to_all(value):
+    """The loss of all rows, of those of data shards, in code that needs it.
+
+    Collective along the data axis inside of such code: every process of it
+    calls it.
+    """
+    context = context_in_step()
+    if context is None or not trials.is_watched() or value.ndim:
+        return value
+    share = rows_lib.weight(context)
+    return statistics.sum_over_data(value * share, context)
+
+
+def _say_gathered(owner, trial):
+    if not process_group.is_first() or owner in _said:
+        return
+    _said.add(owner)
+    why = trial.failed or "it compares rows with each other"
+    logger.warning(
+        "'%s' is computed on all rows of the batch, gathered on every data "
+        "shard in each step: %s. A function of each row by itself, in "
+        "operations that run without numbers, is computed where its rows are.",
+        getattr(owner, "name", owner),
+        why.partition("\n")[0][:200],
+    )
