@@ -26,10 +26,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import buckets
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 
-BUCKET_BYTES = 25 * 2**20  # as torch's DDP
 HISTORY = 16
 
 
@@ -132,18 +132,10 @@ class Reducer:
 
     def buckets(self, numbers):
         """Cuts parameters into buckets of one dtype, last created first."""
-        buckets = []
-        open_buckets = {}
-        for number in sorted(numbers, reverse=True):
-            # Whether it still lives here must not matter: elsewhere it may.
-            local, device = self._likes[number]
-            key = (local.dtype, device)
-            bucket = open_buckets.get(key)
-            if bucket is None or bucket.bytes > BUCKET_BYTES:
-                bucket = open_buckets[key] = _Bucket(*key)
-                buckets.append(bucket)
-            bucket.add(number, local)
-        return buckets
+        # Whether they still live here must not matter: elsewhere they may.
+        return buckets.build(
+            (n, *self._likes[n]) for n in sorted(numbers, reverse=True)
+        )
 
     def reached_anywhere(self, numbers):
         """Numbers of the parameters with a gradient on any data shard.
@@ -235,52 +227,6 @@ class _Pass:
                 with torch.no_grad():
                     grad = kept + grad
             parameter.grad = grad
-
-
-class _Bucket:
-    """Gradients that one collective reduces in one flat buffer.
-
-    The buffer is a new one in each pass: its parts become the gradients, and
-    somebody may keep them.
-    """
-
-    def __init__(self, dtype, device):
-        self.dtype, self.device = dtype, device
-        self.numbers, self.shapes, self.sizes = [], [], []
-        self.bytes = 0
-        self.buffer = None
-        self.work = None
-
-    def add(self, number, local):
-        self.numbers.append(number)
-        self.shapes.append(local.shape)
-        self.sizes.append(local.numel())
-        self.bytes += local.numel() * local.element_size()
-
-    def start(self, grads, weight, group):
-        self.buffer = torch.empty(
-            sum(self.sizes), dtype=self.dtype, device=self.device
-        )
-        with torch.no_grad():
-            for number, part in self._parts():
-                # Of no rows, a gradient may be NaN.
-                if number in grads and weight:
-                    torch.mul(grads[number], weight, out=part)
-                else:
-                    part.zero_()
-        self.work = dist.all_reduce(self.buffer, group=group, async_op=True)
-
-    def finish(self):
-        """Waits, and gives the reduced gradients by number."""
-        self.work.wait()
-        parts = list(self._parts())
-        self.work = self.buffer = None
-        return parts
-
-    def _parts(self):
-        pieces = self.buffer.split(self.sizes)
-        for number, piece, shape in zip(self.numbers, pieces, self.shapes):
-            yield number, piece.view(shape)
 
 
 def _like_parameter(local, parameter):

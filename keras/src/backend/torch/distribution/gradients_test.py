@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from keras.src.backend.torch.distribution import buckets
 from keras.src.backend.torch.distribution import gradients
 from keras.src.backend.torch.distribution import rows
 
@@ -82,23 +83,23 @@ def test_buckets_have_one_dtype_and_begin_with_the_last_created():
         (4, torch.float32),
         (5, torch.float64),
     )
-    buckets = reducer.buckets((0, 1, 2, 3))
-    assert [(b.numbers, b.dtype) for b in buckets] == [
+    cut = reducer.buckets((0, 1, 2, 3))
+    assert [(b.numbers, b.dtype) for b in cut] == [
         ([3, 1], torch.float64),
         ([2, 0], torch.float32),
     ]
-    assert [b.bytes for b in buckets] == [8 * 8, 6 * 4]
+    assert [b.bytes for b in cut] == [8 * 8, 6 * 4]
     assert [b.numbers for b in reducer.buckets((2, 1))] == [[2], [1]]
     del owners
 
 
 def test_buckets_are_of_limited_size(monkeypatch):
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", 10)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 10)
     reducer = make_reducer()
     owners = registered(reducer, *[(1, torch.float32)] * 7)
-    buckets = reducer.buckets(range(7))
+    cut = reducer.buckets(range(7))
     # One is closed as soon as it is larger than the limit.
-    assert [b.numbers for b in buckets] == [[6, 5, 4], [3, 2, 1], [0]]
+    assert [b.numbers for b in cut] == [[6, 5, 4], [3, 2, 1], [0]]
     del owners
 
 
@@ -227,7 +228,7 @@ def test_gradients_of_several_passes_add_up(on_threads):
 
 
 def test_several_buckets(on_threads, monkeypatch):
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", 4)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4)
 
     def run(rank):
         model = Model(*[3] * 6)
@@ -244,7 +245,7 @@ def test_several_buckets(on_threads, monkeypatch):
 
 def test_reduces_while_backward_runs(fake_world, monkeypatch):
     fake_world(2)
-    monkeypatch.setattr(gradients, "BUCKET_BYTES", 4)
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4)
     model = Model(2, 2, 2)
     events = []
     all_reduce = dist.all_reduce
@@ -253,7 +254,7 @@ def test_reduces_while_backward_runs(fake_world, monkeypatch):
         events.append(f"reduce {tensor.numel()}")
         return all_reduce(tensor, *args, **kwargs)
 
-    monkeypatch.setattr(gradients.dist, "all_reduce", logged)
+    monkeypatch.setattr(buckets.dist, "all_reduce", logged)
     for parameter, name in zip(model.parameters, "012"):
         parameter.register_hook(lambda _, name=name: events.append(name))
 
