@@ -5,17 +5,25 @@ process, and returns what is compared.
 """
 
 import contextlib
+import datetime
+import time
+import types
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.utils.checkpoint
 from torch.distributed.tensor import DTensor
 
 import keras
+from integration_tests import everyone
 from integration_tests import parity
 from keras import layers
 from keras import ops
+from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.gradients import Reducer
+from keras.src.backend.torch.distribution.sharded import whole
 
 pytestmark = pytest.mark.world(2, 4)
 
@@ -87,6 +95,16 @@ def our_rows(x):
     return ops.convert_to_tensor(x)
 
 
+def all_rows(x):
+    """What `our_rows` has cut, together again."""
+    context = current()
+    if context is None or context.data_size == 1:
+        return x
+    pieces = [torch.empty_like(x) for _ in range(context.data_size)]
+    dist.all_gather(pieces, x, group=context.data_group)
+    return torch.cat(pieces)
+
+
 def backward(model, x):
     """One backward pass over a batch, without zeroing gradients."""
     ops.mean(model(our_rows(x), training=True) ** 2).backward()
@@ -117,6 +135,161 @@ def test_backward_passes_accumulate(world_size):
         return both, gradients(model)
 
     check(program, world_size)
+
+
+def grad(loss, model, **kwargs):
+    """What `torch.autograd.grad` gives for the weights of a model."""
+    trained = model.trainable_variables
+    grads = torch.autograd.grad(loss, [v.value for v in trained], **kwargs)
+    return dict(zip([v.path for v in trained], grads))
+
+
+def test_grad_function(world_size):
+    """It gives what `backward()` accumulates, before and after it."""
+
+    def program():
+        model = mlp()
+        x = our_rows(normal(4))
+        results = []
+        for _ in range(2):
+            y = model(x)
+            grads = grad(ops.mean(y**2), model, retain_graph=True)
+            ops.mean(y**2).backward()
+            again = grad(ops.mean(ops.abs(model(x))), model)
+            results += [
+                {path: numpy(g) for path, g in grads.items()},
+                {path: numpy(g) for path, g in again.items()},
+                gradients(model),
+            ]
+        model.zero_grad()
+        return results
+
+    check(program, world_size)
+
+
+def test_grad_function_has_the_layout_of_the_weight(world_size):
+    for distribution in distributions(world_size):
+
+        def program():
+            model = mlp()
+            grads = grad(ops.mean(model(our_rows(normal(4))) ** 2), model)
+            for v in model.trainable_variables:
+                got = grads[v.path]
+                assert type(got) is (
+                    DTensor if isinstance(v.value, DTensor) else torch.Tensor
+                )
+                if isinstance(got, DTensor):
+                    assert got.placements == v.value.placements, v.path
+
+        run(program, distribution)
+
+
+def test_training_by_grad_function(world_size):
+    """A loop that never calls `backward()`."""
+
+    def program():
+        model = mlp()
+        optimizer = keras.optimizers.SGD(0.1)
+        trained = model.trainable_variables
+        for step in range(3):
+            loss = ops.mean(model(our_rows(normal(4) + step)) ** 2)
+            grads = grad(loss, model)
+            assert all(v.value.grad is None for v in trained)
+            with torch.no_grad():
+                optimizer.apply(list(grads.values()), trained)
+        return weights(model)
+
+    check(program, world_size)
+
+
+def test_grad_function_of_unused_weights(world_size):
+    """None, where no process uses them."""
+
+    def program():
+        used, unused = mlp(), mlp()
+        trained = used.trainable_variables + unused.trainable_variables
+        results = []
+        for model in (used, used, unused):
+            grads = torch.autograd.grad(
+                ops.mean(model(our_rows(normal(4))) ** 2),
+                [v.value for v in trained],
+                allow_unused=True,
+            )
+            results.append([numpy(g) for g in grads])
+        half = len(trained) // 2
+        assert all(g is None for g in results[0][half:])
+        return results
+
+    check(program, world_size)
+
+
+@pytest.mark.world(2)
+def test_grad_function_of_weights_used_by_some(rank):
+    """It has no way to give all of them a gradient, so all are told."""
+
+    def program():
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+        rarely = layers.Dense(1, name="rarely")
+        rarely.build((None, 4))
+        x = our_rows(normal(4))
+
+        def step():
+            loss = ops.mean(model(x))
+            if rank:
+                loss = loss + ops.mean(rarely(x))
+            variables = model.trainable_variables + rarely.trainable_variables
+            torch.autograd.grad(
+                loss, [v.value for v in variables], allow_unused=True
+            )
+
+        return everyone.outcomes(step)
+
+    outcomes = run(program, keras.distribution.DataParallel())
+    assert len(outcomes) == 2
+    for outcome in outcomes:
+        assert outcome.startswith("RuntimeError: `torch.autograd.grad`")
+        assert "rarely/kernel" in outcome and "dense" not in outcome
+
+
+@pytest.mark.world(2)
+def test_a_backward_pass_of_one_process_alone_ends(rank):
+    """Nothing tells the others of it: it ends as any collective does that
+    they do not call, at the process group's timeout."""
+    seconds = 2
+    group = dist.new_group(timeout=datetime.timedelta(seconds=seconds))
+    context = types.SimpleNamespace(data_size=2, data_group=group)
+    weight = torch.nn.Parameter(torch.ones(3))
+    Reducer(context).register(weight, "weight")
+    start = time.monotonic()
+    if rank:
+        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+            torch.autograd.grad(weight.sum(), weight)
+        assert time.monotonic() - start < 10 * seconds
+    everyone.gather(rank)
+
+
+def penalty(model, x):
+    """A loss, and the squared norm of its gradient."""
+    loss = ops.mean(model(x) ** 2)
+    grads = grad(loss, model, create_graph=True)
+    return loss + sum(ops.sum(whole(g) ** 2) for g in grads.values())
+
+
+def test_penalty_of_gradients_of_weights():
+    def program():
+        model = mlp()
+        x = our_rows(normal(4))
+        results = []
+        for _ in range(2):
+            model.zero_grad()
+            penalty(model, x).backward()
+            results.append(gradients(model))
+        by_function = grad(penalty(model, x), model)
+        return results, {path: numpy(g) for path, g in by_function.items()}
+
+    expected = run(program)
+    actual = run(program, keras.distribution.DataParallel())
+    parity.assert_same(actual, expected)
 
 
 def test_two_losses_of_one_graph_accumulate(world_size):
@@ -561,6 +734,44 @@ def test_added_losses_and_regularizers(world_size):
         return logs, evaluated, gradients(model), weights(model)
 
     check(program, world_size)
+
+
+def test_gradients_of_our_rows(world_size):
+    """Of a sum over rows they are one device's, for our rows; of a mean, whose
+    divisor is that of our rows, they are larger by (all) / (our rows)."""
+
+    def program():
+        model = mlp()
+        x = our_rows(normal(4)).requires_grad_()
+        share = len(x) / ROWS
+        y = model(x)
+        of_sum = torch.autograd.grad(ops.sum(y**2), x, retain_graph=True)[0]
+        of_mean, of_weight = torch.autograd.grad(
+            ops.mean(y**2), [x, model.get_layer("whole").kernel.value]
+        )
+        seen = all_rows(of_sum), all_rows(of_mean * share), of_weight
+        return [numpy(x) for x in seen]
+
+    check(program, world_size)
+
+
+def test_penalty_of_gradients_of_inputs():
+    """As of a Wasserstein GAN's critic: a mean over rows of what is computed
+    of each row's own gradient."""
+
+    def program():
+        model = mlp()
+        x = our_rows(normal(4)).requires_grad_()
+        (of_rows,) = torch.autograd.grad(
+            ops.sum(model(x)), x, create_graph=True
+        )
+        norms = ops.sqrt(ops.sum(of_rows**2, axis=1))
+        ops.mean((norms - 1) ** 2).backward()
+        return gradients(model)
+
+    expected = run(program)
+    actual = run(program, keras.distribution.DataParallel())
+    parity.assert_same(actual, expected)
 
 
 def test_gradients_of_inputs(world_size):

@@ -69,7 +69,7 @@ class Variable(upstream.Variable):
             storage.is_laid_out_by(value, context)
             and cuts.is_cut(value.placements[context.data_axis])
         ):
-            context.reducer.register(value, self)
+            context.reducer.register(value, self.path)
 
     def _initialize_with_initializer(self, initializer):
         with modes.drawing_initial_values():

@@ -1,7 +1,11 @@
 """Buckets: gradients that one collective reduces, in one flat buffer."""
 
+import copy
+
 import torch
 import torch.distributed as dist
+
+from keras.src.backend.torch.distribution import collectives
 
 BUCKET_BYTES = 25 * 2**20  # as torch's DDP
 
@@ -70,3 +74,49 @@ class Bucket:
         pieces = self.buffer.split(self.sizes)
         for number, piece, shape in zip(self.numbers, pieces, self.shapes):
             yield number, piece.view(shape)
+
+
+def reduce(bucket, grads, weight, group):
+    """The reduced gradients of a bucket, by number, for autograd to
+    differentiate.
+
+    Collective: every process of `group` calls it.
+
+    Args:
+        bucket: the `Bucket`.
+        grads: dict from numbers to local gradients.
+        weight, group: as for `Bucket.start`.
+    """
+    reduced = Reduce.apply(bucket, tuple(grads), weight, group, *grads.values())
+    return dict(zip(bucket.numbers, reduced))
+
+
+class Reduce(torch.autograd.Function):
+    """Weighted mean over data shards of the gradients of a bucket.
+
+    G = sum of weight_j * g_j. A gradient on shard i belongs to the loss of
+    shard i, which counts with weight_i; what leaves here on shard j is going
+    to be weighted with weight_j, as g_j was. So it is, on every shard,
+    sum of weight_i * gradient_i: backward is forward.
+
+    Collective, forward and backward: every process of `group`.
+    """
+
+    @staticmethod
+    def forward(ctx, bucket, numbers, weight, group, *grads):
+        ctx.bucket, ctx.numbers = bucket, numbers
+        ctx.weight, ctx.group = weight, group
+        # A copy: the bucket itself may be under way in this pass.
+        bucket = copy.copy(bucket)
+        bucket.start(dict(zip(numbers, grads)), weight, group)
+        # Nobody may write into views that a function returns.
+        return tuple(part.clone() for _, part in bucket.finish())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        numbers = ctx.bucket.numbers
+        grads = map(collectives.whole_gradient, grads)
+        reduced = reduce(
+            ctx.bucket, dict(zip(numbers, grads)), ctx.weight, ctx.group
+        )
+        return *(None,) * 4, *(reduced[n] for n in ctx.numbers)

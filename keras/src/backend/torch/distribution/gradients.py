@@ -1,8 +1,12 @@
 """Gradients over data shards: bucketed, reduced while backward still runs.
 
 Hooks on the parameters do it, so a custom `train_step` and a hand-written loop
-are right without knowing about it. After `backward()` returns, `p.grad` is the
-mean over data shards, weighted with their rows (see `rows`).
+are right without knowing about it. After `backward()`, `p.grad` is the mean
+over data shards, weighted with their rows (see `rows`), and so is what
+`torch.autograd.grad(loss, [p])` returns. The gradient of anything else, of
+inputs above all, is that of this data shard's own loss. It is local, as the
+loss is: of a sum over rows it is what one device gives for our rows, of a mean
+over rows it is larger by (global rows) / (our rows).
 
 Which parameters a backward pass reaches may differ between two passes (two
 models that take turns, a branch that is not taken) and even between two
@@ -16,6 +20,9 @@ same on all processes:
 2. One small collective tells which parameters had a gradient anywhere.
 3. Those that nobody predicted are reduced. Those without a gradient anywhere
    keep `grad = None`, as on one device.
+
+With `create_graph=True` reduced gradients can be differentiated again (see
+`buckets.Reduce`).
 """
 
 import collections
@@ -40,7 +47,12 @@ class Reducer:
     that it is the same on all processes whatever each of them has freed.
 
     Collective, in the backward pass: every process of the data axis runs as
-    many backward passes that reach a registered parameter.
+    many backward passes that reach a registered parameter; one that runs more
+    waits until the process group's timeout. So for `torch.autograd.grad`: what
+    it asks for must reach the same parameters on all of them. Where a
+    parameter is reached on some alone, all raise, since `grad` gives None on
+    the others whatever a hook does; where a process reaches none at all, the
+    others wait for it.
     """
 
     def __init__(self, context):
@@ -50,34 +62,31 @@ class Reducer:
         self._parameters = weakref.WeakValueDictionary()
         # What a gradient of each is like, known after it has been freed too.
         self._likes = []
-        self._nodes = {}
+        self._names = []
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
         self._pass = _no_pass
 
-    def register(self, parameter, owner):
+    def register(self, parameter, name):
         """Hooks a parameter that is equal on all data shards.
 
         Args:
             parameter: the `torch.nn.Parameter`.
-            owner: the variable that holds it. The hooks live as long.
+            name: what errors call it.
         """
         number = self._registered
         self._registered += 1
         self._parameters[number] = parameter
+        self._names.append(name)
         local = parameter.detach()
         if isinstance(parameter, DTensor):
             local = sharded.local_of(parameter)
         like = torch.empty(local.shape, dtype=local.dtype, device="meta")
         self._likes.append((like, local.device))
-        # The node that writes `grad` holds a hook only as long as it lives
-        # itself, which is as long as somebody refers to it. And it holds the
-        # parameter: nobody would free the two if we did not let go.
-        node = torch.autograd.graph.get_gradient_edge(parameter).node
-        self._nodes[number] = node
-        weakref.finalize(owner, self._nodes.pop, number).atexit = False
         reference = weakref.ref(parameter)
-        node.register_prehook(lambda _: self._before(number, reference()))
+        parameter.register_hook(
+            lambda grad: self._before(number, reference(), grad)
+        )
         parameter.register_post_accumulate_grad_hook(
             lambda parameter: self._after(number, parameter)
         )
@@ -85,7 +94,7 @@ class Reducer:
     # Autograd calls the hooks. Compiled train steps would try to compile them
     # too, piece by piece: they do nothing that a compiler could make faster.
     @torch.compiler.disable
-    def _before(self, number, parameter):
+    def _before(self, number, parameter, grad):
         current = self._pass()
         if current is None:
             current = _Pass(self)
@@ -97,10 +106,7 @@ class Reducer:
             torch.autograd.Variable._execution_engine.queue_callback(
                 functools.partial(self._finish, current)
             )
-        # What earlier passes left has been reduced: only the new part is.
-        if parameter.grad is not None:
-            current.kept[number] = parameter.grad
-            parameter.grad = None
+        return current.arrive(number, parameter, grad)
 
     @torch.compiler.disable
     def _after(self, number, parameter):
@@ -137,15 +143,51 @@ class Reducer:
             (n, *self._likes[n]) for n in sorted(numbers, reverse=True)
         )
 
-    def reached_anywhere(self, numbers):
-        """Numbers of the parameters with a gradient on any data shard.
+    def agree(self, reached, captured, replaced):
+        """What the backward passes of all data shards, taken together, met.
 
         Collective: every process of the data axis calls it.
+
+        Args:
+            reached, captured, replaced: numbers of the parameters with a
+                gradient, of those of them whose gradient `grad()` returns, and
+                of those of these whose gradient a later hook has replaced.
+
+        Returns:
+            Tuple of the numbers with a gradient anywhere, and the error to
+            raise, or None.
         """
-        flags = torch.zeros(self._registered, dtype=torch.uint8)
-        flags[list(numbers)] = 1
+        flags = torch.zeros((3, self._registered), dtype=torch.uint8)
+        flags[0, list(reached)] = 1
+        flags[1] = 1 - flags[0]
+        flags[2, list(captured)] = 1
+        flags[2, list(replaced)] = 2
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        return tuple(flags.nonzero().flatten().tolist())
+        anywhere, missed, returned = flags
+        error = None
+        if returned.any():
+            error = self._error(returned, missed & anywhere)
+        return _numbers(anywhere), error
+
+    def _error(self, returned, missed):
+        names = [self._names[n] for n in _numbers(missed & (returned > 0))]
+        if names:
+            return RuntimeError(
+                "`torch.autograd.grad` was asked for gradients that only some "
+                "data shards have; the others would get None. Let the loss "
+                "depend on these variables on every process (`+ 0 * "
+                "ops.sum(variable)`), or use `loss.backward()` and "
+                f"`variable.value.grad`. Received: {names}"
+            )
+        names = [self._names[n] for n in _numbers(returned == 2)]
+        if names:
+            return RuntimeError(
+                "A hook on a variable replaced the gradient that "
+                "`torch.autograd.grad` returns, before it was reduced over "
+                "data shards. Change what `grad` returns instead. "
+                f"Received: {names}"
+            )
+        return None
 
     def remember(self, reached):
         self._history.append(reached)
@@ -158,14 +200,23 @@ def _no_pass():
     return None
 
 
+def _numbers(flags):
+    return tuple(flags.nonzero().flatten().tolist())
+
+
 class _Pass:
-    """One backward pass."""
+    """One backward pass: of `backward()`, which accumulates gradients into
+    `.grad`, or of `grad()`, which returns them."""
 
     def __init__(self, reducer):
         self.reducer = reducer
         self.weight = rows.weight(reducer.context)
+        # With `create_graph=True`, autograd runs hooks under grad mode.
+        self.differentiable = torch.is_grad_enabled()
+        self.accumulates = False
         self.kept = {}  # number -> gradient of earlier passes
         self.grads = {}  # number -> local gradient, until its bucket starts
+        self.returned = {}  # number -> weak reference to what `grad()` returns
         self.reached = set()
         self.buckets = reducer.plan(reducer.predict())
         self.bucket_of = {
@@ -175,13 +226,34 @@ class _Pass:
         }
         self.missing = {id(b): len(b.numbers) for b in self.buckets}
         self.started = 0
+        self.reduced = {}  # number -> reduced gradient
+
+    def arrive(self, number, parameter, grad):
+        """A gradient, before it is accumulated or returned.
+
+        Returns:
+            What stands for it from here on, None for itself.
+        """
+        self.reached.add(number)
+        # What earlier passes left has been reduced: only the new part is.
+        if parameter.grad is not None:
+            self.kept[number] = parameter.grad
+            parameter.grad = None
+        if self.accumulates:
+            return None
+        # Nothing tells whether this is `grad()`, until something has been
+        # accumulated. `grad()` returns this very copy: into it goes, at the
+        # end, what was reduced.
+        copy = grad.clone()
+        self.grads[number] = grad
+        self.returned[number] = weakref.ref(copy)
+        return copy
 
     def ready(self, number, parameter):
-        grad = parameter.grad
-        if isinstance(grad, DTensor):
-            grad = sharded.local_of(grad)
-        self.grads[number] = grad
-        self.reached.add(number)
+        """A gradient that has been accumulated."""
+        self.accumulates = True
+        self.returned.pop(number, None)
+        self.grads[number] = parameter.grad
         bucket = self.bucket_of.get(number)
         if bucket is None:
             return
@@ -194,50 +266,80 @@ class _Pass:
             self.started += 1
 
     def _start(self, bucket):
-        bucket.start(self.grads, self.weight, self.reducer.group)
-        for number in bucket.numbers:
-            if self.grads.pop(number, None) is not None:
-                self.reducer.parameter(number).grad = None
+        grads = {
+            number: self._local(self.grads.pop(number))
+            for number in bucket.numbers
+            if number in self.grads
+        }
+        group = self.reducer.group
+        if self.differentiable:
+            with torch.enable_grad():
+                self.reduced |= buckets.reduce(
+                    bucket, grads, self.weight, group
+                )
+        else:
+            bucket.start(grads, self.weight, group)
+        for number in grads:
+            self.reducer.parameter(number).grad = None
+
+    def _local(self, grad):
+        if not isinstance(grad, DTensor):
+            return grad
+        if self.differentiable:
+            with torch.enable_grad():
+                return sharded.Leave.apply(grad)
+        return sharded.local_of(grad)
 
     def finish(self):
         reducer = self.reducer
         for bucket in self.buckets[self.started :]:
             self._start(bucket)
-        reached = reducer.reached_anywhere(self.reached)
+        replaced = [n for n, copy in self.returned.items() if copy() is None]
+        reached, error = reducer.agree(self.reached, self.returned, replaced)
         surprises = [n for n in reached if n not in self.bucket_of]
         extra = reducer.buckets(surprises)
         for bucket in extra:
             self._start(bucket)
-        for bucket in (*self.buckets, *extra):
-            self._write(bucket, set(reached))
+        if not self.differentiable:
+            for bucket in (*self.buckets, *extra):
+                self.reduced.update(bucket.finish())
+        with torch.set_grad_enabled(self.differentiable):
+            self._write(set(reached))
         reducer.remember(reached)
+        if error is not None:
+            raise error
 
-    def _write(self, bucket, reached):
-        for number, reduced in bucket.finish():
+    def _write(self, reached):
+        for number, reduced in self.reduced.items():
             parameter = self.reducer.parameter(number)
             if parameter is None:
                 continue
             # What this pass did not reach here has kept its gradient.
             kept = self.kept.pop(number, parameter.grad)
-            if number not in reached:
+            if number not in reached or self.returned:
                 parameter.grad = kept
-                continue
-            grad = _like_parameter(reduced, parameter)
-            if kept is not None:
-                with torch.no_grad():
-                    grad = kept + grad
-            parameter.grad = grad
+            else:
+                grad = self._like(reduced, parameter)
+                parameter.grad = grad if kept is None else kept + grad
+            copy = self.returned.get(number, _no_copy)()
+            if copy is not None:
+                copy.copy_(self._like(reduced, parameter))
+
+    def _like(self, local, parameter):
+        """A reduced gradient, laid out as its parameter."""
+        if not isinstance(parameter, DTensor):
+            return local
+        make = sharded.Enter.apply if self.differentiable else sharded.wrap
+        return make(
+            local,
+            parameter.device_mesh,
+            parameter.placements,
+            tuple(parameter.shape),
+        )
 
 
-def _like_parameter(local, parameter):
-    if not isinstance(parameter, DTensor):
-        return local
-    return sharded.wrap(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        tuple(parameter.shape),
-    )
+def _no_copy():
+    return None
 
 
 def to_plain(grad):

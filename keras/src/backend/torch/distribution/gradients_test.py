@@ -69,8 +69,8 @@ class Owner:
 
 def registered(reducer, *specs):
     owners = [Owner(*spec) for spec in specs]
-    for owner in owners:
-        reducer.register(owner.value, owner)
+    for i, owner in enumerate(owners):
+        reducer.register(owner.value, f"parameter_{i}")
     return owners
 
 
@@ -138,6 +138,16 @@ class Model:
             factor * self.parameters[i].sum() for i, factor in factors.items()
         ).backward()
 
+    def grad(self, factors, wanted=(0, 1, 2), **kwargs):
+        """The value of what `torch.autograd.grad` returns for `wanted`."""
+        grads = torch.autograd.grad(
+            sum(f * self.parameters[i].sum() for i, f in factors.items()),
+            [self.parameters[i] for i in wanted],
+            allow_unused=True,
+            **kwargs,
+        )
+        return [self.value(grad) for grad in grads]
+
     def zero(self):
         for parameter in self.parameters:
             parameter.grad = None
@@ -145,15 +155,14 @@ class Model:
     @property
     def grads(self):
         """The value of each gradient, all of whose elements are equal."""
-        values = []
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                values.append(None)
-                continue
-            assert parameter.grad.shape == parameter.shape
-            assert len(set(parameter.grad.tolist())) == 1
-            values.append(parameter.grad[0].item())
-        return values
+        return [self.value(parameter.grad) for parameter in self.parameters]
+
+    @staticmethod
+    def value(grad):
+        if grad is None:
+            return None
+        assert len(set(grad.tolist())) == 1
+        return grad[0].item()
 
 
 def test_mean_outside_of_a_step(on_threads):
@@ -266,8 +275,8 @@ def test_reduces_while_backward_runs(fake_world, monkeypatch):
 
     chain().backward()
     # Nothing is known of the first pass: all of it is reduced at its end.
-    # The flags of three parameters say which those are.
-    assert events == ["2", "1", "0", "reduce 3"] + ["reduce 2"] * 3
+    # Three flags of each of three parameters say which those are.
+    assert events == ["2", "1", "0", "reduce 9"] + ["reduce 2"] * 3
     events.clear()
     chain().backward()
     assert events == [
@@ -277,7 +286,7 @@ def test_reduces_while_backward_runs(fake_world, monkeypatch):
         "reduce 2",
         "0",
         "reduce 2",
-        "reduce 3",
+        "reduce 9",
     ]
 
 
@@ -303,6 +312,180 @@ def test_a_failed_pass_leaves_nothing_behind(on_threads):
         return model.grads
 
     assert on_threads(2, run) == [[1.5, 3.0, None]] * 2
+
+
+def test_grad_returns_the_mean(on_threads):
+    def run(rank):
+        model = Model()
+        return model.grad({0: 1 + rank, 1: 10.0, 2: 4.0 * rank}), model.grads
+
+    expected = [1.5, 10.0, 2.0], [None] * 3
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_grad_is_weighted_with_rows(on_threads):
+    def run(rank):
+        model = Model(size=3)
+        seen = []
+        for _ in range(2):
+            with rows.current_rows(rows.Rows((3, 1, 0)[rank], 4)):
+                seen.append(model.grad({0: (4.0, 8.0, float("nan"))[rank]}))
+        return seen
+
+    assert on_threads(3, run) == [[[5.0, None, None]] * 2] * 3
+
+
+def test_grad_leaves_what_was_accumulated(on_threads):
+    def run(rank):
+        model = Model()
+        model.backward({0: 2.0 * rank, 1: 3.0})
+        kept = model.parameters[0].grad
+        seen = [
+            model.grad({0: 4.0 * rank, 2: 1.0}),
+            # Predicted is now what is not wanted here.
+            model.grad({0: 6.0 * rank, 2: 1.0}, wanted=[0]),
+            model.grads,
+        ]
+        assert model.parameters[0].grad is kept
+        return seen
+
+    expected = [[2.0, None, 1.0], [3.0], [1.0, 3.0, None]]
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_grad_and_backward_take_turns(on_threads):
+    def run(rank):
+        model = Model()
+        seen = []
+        for step in range(3):
+            model.zero()
+            seen.append(model.grad({0: 2.0 * rank + step, 2: 1.0}))
+            model.backward({1: 4.0 * rank, 2: float(step)})
+            seen.append(model.grads)
+            model.backward({0: 2.0 * rank, 1: 1.0})
+            seen.append(model.grads)
+        return seen
+
+    expected = []
+    for step in range(3):
+        expected += [
+            [1.0 + step, None, 1.0],
+            [None, 2.0, float(step)],
+            [1.0, 3.0, float(step)],
+        ]
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_grad_of_the_mean_in_several_buckets(on_threads, monkeypatch):
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4)
+
+    def run(rank):
+        model = Model(*[3] * 6)
+        factors = {i: float(i + rank) for i in range(6)}
+        return [model.grad(factors, wanted=range(6)) for _ in range(2)]
+
+    assert on_threads(2, run) == [[[i + 0.5 for i in range(6)]] * 2] * 2
+
+
+def test_a_gradient_that_grad_returns_to_some_alone_raises(on_threads):
+    def run(rank):
+        model = Model()
+        with pytest.raises(RuntimeError, match="parameter_1") as raised:
+            model.grad({0: 1.0, 1: 3.0} if rank else {0: 1.0})
+        assert "parameter_0" not in str(raised.value)
+        # None of them is left waiting, or behind.
+        return model.grad({0: 1.0 * rank, 1: 1.0}), model.grads
+
+    expected = [0.5, 1.0, None], [None] * 3
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_a_hook_that_replaces_what_grad_returns_raises(on_threads):
+    def run(rank):
+        model = Model()
+        # On one of them alone: the others raise too.
+        if rank:
+            model.parameters[1].register_hook(lambda grad: 2 * grad)
+        with pytest.raises(RuntimeError, match="hook.*parameter_1"):
+            model.grad({0: 1.0, 1: 3.0})
+        # What is accumulated is what the hook makes of the local gradient.
+        model.backward({1: 3.0, 2: 1.0})
+        return model.grads
+
+    assert on_threads(2, run) == [[None, 4.5, 1.0]] * 2
+
+
+def test_a_failed_grad_leaves_nothing_behind(on_threads):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("out of memory")
+
+    def run(rank):
+        model = Model()
+        first, second, _ = model.parameters
+        loss = Fails.apply(first).sum() + second.sum()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            torch.autograd.grad(loss, [first, second])
+        return model.grad({0: 1.0 + rank, 1: 3.0})
+
+    assert on_threads(2, run) == [[1.5, 3.0, None]] * 2
+
+
+def mean_over_rows(parameters, rank, total):
+    """A mean over our rows.
+
+    Row r has the loss (r + 1) p^2 q + r s.
+    """
+    p, q, s = parameters
+    ours = range(total) if rank is None else ((0, 1), (2,), (0,))[rank]
+    loss = sum(((r + 1) * p**2 * q + r * s).sum() for r in ours)
+    return loss / len(ours)
+
+
+@pytest.mark.parametrize("by_backward", [False, True])
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_of_gradients(on_threads, by_backward):
+    """Of a loss to which each shard's rows add, too."""
+
+    def step(parameters, rank, total):
+        loss = mean_over_rows(parameters, rank, total)
+        if by_backward:
+            loss.backward(create_graph=True)
+            grads = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+        else:
+            grads = torch.autograd.grad(loss, parameters, create_graph=True)
+        # Of `grads`, times a factor that is another on each shard.
+        factor = mean_over_rows(parameters, rank, total) + 1
+        norm = sum((grad**2).sum() for grad in grads)
+        (factor * norm / 2).backward()
+        return [g.tolist() for g in grads], [
+            parameter.grad.tolist() for parameter in parameters
+        ]
+
+    def fresh():
+        return [torch.full((1,), float(i + 1)) for i in range(3)]
+
+    def run(rank):
+        model = Model(1, 1, 1, size=3)
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters, fresh()):
+                parameter.copy_(value)
+        with rows.current_rows(rows.Rows((2, 1, 0)[rank], 3)):
+            return [step(model.parameters, rank, 3)] + [
+                model.zero() or step(model.parameters, rank, 3)
+            ]
+
+    expected = step([x.requires_grad_() for x in fresh()], None, 3)
+    for result in on_threads(3, run):
+        for got in result:
+            torch.testing.assert_close(got, expected)
 
 
 def test_keep_plain_leaves_plain_gradients_alone():
