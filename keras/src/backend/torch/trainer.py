@@ -12,6 +12,7 @@ from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import feeding
 from keras.src.backend.torch.distribution import logs as logs_lib
+from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
@@ -94,12 +95,6 @@ class TorchTrainer(upstream.TorchTrainer):
     def _aggregate_additional_loss(self, loss):
         return super()._aggregate_additional_loss(activations.whole(loss))
 
-    def _get_metrics_result_or_logs(self, logs):
-        # The logs of a step are global; the metrics' own state is local.
-        if current() is not None:
-            return logs
-        return super()._get_metrics_result_or_logs(logs)
-
 
 for _name in ("fit", "evaluate", "predict"):
     _released = getattr(upstream.TorchTrainer, _name)
@@ -129,10 +124,22 @@ class Step:
         checks.check_once(self.model, context)
         if not isinstance(data, rows.Batch):
             data = feeding.to_batch(data[0], context)
-        with rows.current_rows(data.rows):
-            with logs_lib.unchanged_by_no_rows(self.model.metrics, data.rows):
+        states = self.states(context)
+        with (
+            rows.current_rows(data.rows),
+            metric_states.local(states, context),
+        ):
+            with logs_lib.unchanged_by_no_rows(states, data.rows):
                 logs = self.run(data)
             return self.finish(logs, context)
+
+    def states(self, context):
+        """The variables of metrics, if data shards count apart."""
+        if context.data_size == 1:
+            return []
+        return metric_states.of(
+            self.model.metrics, lambda: self.model.variables
+        )
 
     def run(self, data):
         if self.model._takes_sharded_outputs():
@@ -141,14 +148,18 @@ class Step:
         return self.function(data)
 
     def finish(self, logs, context):
-        logs, _ = logs_lib.reduce_logs(self.model.metrics, logs, False, context)
-        return logs
+        return self.reduce(logs, False, context)[0]
+
+    def reduce(self, logs, stop, context):
+        return logs_lib.reduce_logs(
+            self.model.metrics, self.states(context), logs, stop, context
+        )
 
 
 class TrainStep(Step):
     def finish(self, logs, context):
-        logs, self.model.stop_training = logs_lib.reduce_logs(
-            self.model.metrics, logs, self.model.stop_training, context
+        logs, self.model.stop_training = self.reduce(
+            logs, self.model.stop_training, context
         )
         return logs
 
@@ -158,6 +169,10 @@ class PredictStep(Step):
         return self.function(data)
 
     def finish(self, outputs, context):
+        own = self.model._get_own_metrics()
+        if context.data_size > 1 and len(self.model.metrics) > len(own):
+            # Those of layers, which predictions update too.
+            self.reduce({}, False, context)
         outputs = tree.map_structure(activations.whole, outputs)
         if context.data_size == 1 or not context.auto_shard:
             return outputs

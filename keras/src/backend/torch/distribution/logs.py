@@ -1,7 +1,7 @@
 """Logs and metrics of a step: the global values, on every process.
 
-All metric states of a model, what else a train step returns and the stop flag
-are reduced in one small collective.
+All metric states of a model (see `metric_states`), what else a train step
+returns and the stop flag are reduced in one small collective.
 """
 
 import contextlib
@@ -9,26 +9,26 @@ import numbers
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from keras.src import tree
-from keras.src.backend.common.stateless_scope import StatelessScope
 from keras.src.backend.common.variables import Variable
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import sharded
 
 
-def reduce_logs(metrics, logs, stop, context):
+def reduce_logs(metrics, states, logs, stop, context):
     """Global logs from local ones, and whether any process wants to stop.
 
-    Metrics are computed anew from their reduced state; any other value is
-    averaged over data shards, weighted with their rows.
+    Metrics are computed anew from their reduced state, which becomes their
+    whole one; any other value is averaged over data shards, weighted with
+    their rows.
 
     Collective: every process calls it after every step.
 
     Args:
-        metrics: the metrics of the model, with their local state.
+        metrics: the metrics of the model.
+        states: their variables, with the local state: see `metric_states`.
         logs: dict of what the step returned.
         stop: bool, whether this process wants to stop.
         context: the `Context`.
@@ -38,7 +38,6 @@ def reduce_logs(metrics, logs, stop, context):
     """
     if context.data_size == 1:
         return logs, any_process(stop)
-    variables = list({id(v): v for m in metrics for v in m.variables}.values())
     logs = tree.map_structure(_value, logs)
     others = [
         name
@@ -50,14 +49,9 @@ def reduce_logs(metrics, logs, stop, context):
     # processes counts them once for each.
     share = context.data_size / dist.get_world_size()
     weight = rows.weight(context)
-    values = [
-        collectives.weighted(
-            _flat(v.value), share * _portion(v, weight, context)
-        )
-        for v in variables
-    ]
+    values = [metric_states.portion(v, weight, context) * share for v in states]
     values += [
-        collectives.weighted(_flat(logs[name]), share * weight)
+        collectives.weighted(metric_states.flat(logs[name]), share * weight)
         for name in others
     ]
     # A log may bear a metric's name and be none: a train step's own loss, say,
@@ -73,18 +67,17 @@ def reduce_logs(metrics, logs, stop, context):
     on_host = not values or values[0].device.type == "cpu"
     if on_host:
         values.append(torch.full((1,), float(stop), dtype=torch.float64))
-    state = torch.cat(values)
+    # A number that a train step returns lies on the host.
+    state = torch.cat([v.to(values[0].device) for v in values])
     dist.all_reduce(state)
     reduced = state.split([v.numel() for v in values])
     stop = bool(reduced[-1].item()) if on_host else any_process(stop)
-    mapping = [
-        (v, r.view(v.value.shape).to(v.value.device, v.value.dtype))
-        for v, r in zip(variables, reduced)
-    ]
-    with StatelessScope(state_mapping=mapping):
+    for variable, value in zip(states, reduced):
+        metric_states.write_whole(variable, value, context)
+    with metric_states.whole(states):
         results = _results(metrics)
-    means = reduced[len(variables) :][: len(others)]
-    differences = reduced[len(variables) + len(others) :]
+    means = reduced[len(states) :][: len(others)]
+    differences = reduced[len(states) + len(others) :]
     logs = {**logs, **{n: r for n, r in results.items() if n in logs}}
     for name, mean, difference in zip(others, means, differences):
         mean = mean.view(shapes[name])
@@ -98,26 +91,26 @@ def reduce_logs(metrics, logs, stop, context):
 
 def _differs(log, result):
     """1.0 where a log is not what the metric of its name gives, else 0.0."""
-    log = _flat(log)
+    log = metric_states.flat(log)
     if result is None:
         return torch.zeros(1, dtype=log.dtype, device=log.device)
-    result = _flat(result).to(log.device)
+    result = metric_states.flat(result).to(log.device)
     if result.shape != log.shape:
         return torch.ones(1, dtype=log.dtype, device=log.device)
     return (log != result).any().reshape(1).to(log.dtype)
 
 
 @contextlib.contextmanager
-def unchanged_by_no_rows(metrics, rows):
+def unchanged_by_no_rows(states, rows):
     """Within it, metrics keep their state if there are no rows.
 
     A loss of no rows may be NaN, if it is a mean that a user wrote by hand.
     """
-    states = []
+    kept = []
     if not rows.local:
-        states = [(v, v.value.clone()) for m in metrics for v in m.variables]
+        kept = [(v, v.value.clone()) for v in states]
     yield
-    for variable, value in states:
+    for variable, value in kept:
         variable.assign(value)
 
 
@@ -145,19 +138,3 @@ def _results(metrics):
 
 def _value(x):
     return x.value if isinstance(x, Variable) else x
-
-
-def _portion(variable, weight, context):
-    """How much of a local state goes into the global sum."""
-    if variable.aggregation == "mean":
-        return weight
-    if variable.aggregation == "only_first_replica":
-        return float(context.data_index == 0)
-    return 1.0
-
-
-def _flat(value):
-    if isinstance(value, DTensor):
-        value = sharded.whole(value)
-    value = torch.as_tensor(value).detach()
-    return value.reshape(-1).to(torch.float64)

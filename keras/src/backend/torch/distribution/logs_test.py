@@ -9,6 +9,7 @@ import torch.distributed as dist
 from keras.src import backend
 from keras.src import metrics as metrics_lib
 from keras.src.backend.torch.distribution import logs
+from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import rows
 
 WORLD = 3
@@ -18,6 +19,10 @@ def make_context(rank, size=WORLD):
     return types.SimpleNamespace(
         data_size=size, data_index=rank, data_group=dist.group.WORLD
     )
+
+
+def reduce_logs(metrics, *args):
+    return logs.reduce_logs(metrics, metric_states.of(metrics, list), *args)
 
 
 def batch(total):
@@ -56,7 +61,7 @@ def test_metrics_are_those_of_all_rows(on_threads, make_metric, total):
         )
         local = [backend.convert_to_numpy(v) for v in metric.variables]
         with rows.current_rows(rows.Rows(stop - start, total, start)):
-            reduced, stopped = logs.reduce_logs(
+            reduced, stopped = reduce_logs(
                 [metric], {"metric": None}, False, make_context(rank)
             )
         # The state stays local, and is reduced anew after the next step.
@@ -72,7 +77,7 @@ def test_metrics_are_those_of_all_rows(on_threads, make_metric, total):
 def test_other_values_are_means_over_rows(on_threads):
     def run(rank):
         with rows.current_rows(rows.Rows((2, 1, 1)[rank], 4)):
-            return logs.reduce_logs(
+            return reduce_logs(
                 [],
                 {
                     "loss": torch.tensor(float(rank)),
@@ -96,7 +101,7 @@ def test_other_values_are_means_over_rows(on_threads):
 @pytest.mark.parametrize("data_size", [WORLD, 1])
 def test_stops_if_any_process_wants_to(on_threads, flags, data_size):
     def run(rank):
-        return logs.reduce_logs(
+        return reduce_logs(
             [],
             {"loss": torch.tensor(1.0)},
             bool(flags[rank]),
@@ -116,7 +121,7 @@ def test_processes_of_a_data_shard_count_once(on_threads):
         context = make_context(rank // 2, size=2)
         metric = metrics_lib.Sum(name="sum")
         metric.update_state([1.0, 10.0][rank // 2])
-        return logs.reduce_logs(
+        return reduce_logs(
             [metric],
             {"sum": None, "loss": torch.tensor([2.0, 4.0][rank // 2])},
             False,
@@ -153,7 +158,7 @@ def test_state_is_reduced_as_its_variable_says(
         metric = Own()
         metric.total.assign(float(2**rank))
         with rows.current_rows(rows.Rows((2, 1, 1)[rank], 4)):
-            return logs.reduce_logs(
+            return reduce_logs(
                 [metric], {"own": None}, False, make_context(rank)
             )[0]["own"]
 
@@ -175,7 +180,7 @@ def test_counters_stay_integers(on_threads):
     def run(rank):
         metric = Count()
         metric.count.assign(2**24 + rank)
-        return logs.reduce_logs(
+        return reduce_logs(
             [metric], {"count": None}, False, make_context(rank)
         )[0]["count"]
 
