@@ -255,3 +255,34 @@ def test_nothing_is_rounded(rank, world_size):
         parts.append(float(part))
     total = sum(parts) - (world_size - 1) * float(start)
     assert wholes == [np.float32(total)] * world_size
+
+
+class Outer(keras.Model):
+    """Trains another model within its own step."""
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        x, y = data
+        before = self.inner.predict_on_batch(x)
+        inner = self.inner.train_on_batch(x, y - ops.convert_to_tensor(before))
+        return {**logs, "inner": inner[0], "inner_mae": inner[1]}
+
+
+def test_a_step_within_a_step(world_size):
+    def make_model():
+        inputs = keras.Input((FEATURES,))
+        model = Outer(inputs, layers.Dense(1)(inputs))
+        model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
+        model.inner = keras.Sequential([inputs, layers.Dense(1)])
+        model.inner.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
+        return model
+
+    def program(model):
+        history, said = fit(model)
+        return history, state_of(model.inner), model.inner.get_weights()
+
+    parity.assert_equal_on_all(
+        "DataParallel",
+        parity.run(program, make_model, keras.distribution.DataParallel()),
+        parity.run(program, make_model),
+    )

@@ -174,7 +174,8 @@ class PredictStep(Step):
             # Those of layers, which predictions update too.
             self.reduce({}, False, context)
         outputs = tree.map_structure(activations.whole, outputs)
-        if context.data_size == 1 or not context.auto_shard:
+        if context.data_size == 1 or rows.get_current_rows().start is None:
+            # Rows were local from the start: so are those of the outputs.
             return outputs
         return tree.map_structure(
             lambda x: (

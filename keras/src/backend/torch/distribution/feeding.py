@@ -340,13 +340,18 @@ def check_sampler(adapter):
 def to_batch(data, context):
     """The `rows.Batch` of what `train_on_batch` and its like are handed.
 
-    Collective with `auto_shard_dataset=False`: every process calls it.
+    Collective with `auto_shard_dataset=False`, and within a step: every
+    process calls it.
 
     Args:
         data: nested arrays, global rows or local ones as the distribution
-            says.
+            says. What a step hands to another model's is local: the step has
+            been handed no other rows.
     """
-    if context.auto_shard:
+    outer = rows.get_current_rows()
+    if outer is None and context.auto_shard:
         return rows.cut(data, context)
     local = rows.count(data)
+    if outer is not None and not outer.local:
+        local = 0  # Without rows of ours, what we compute on is not ours.
     return rows.Batch(data, rows.agree_on_total(local, context))
