@@ -232,12 +232,3 @@ def test_other_processes_write_nothing(rank, tmp_path, monkeypatch):
         "log.csv",
         "training_metadata.json",
     }
-
-
-def test_tensor_board(tmp_path):
-    pytest.importorskip(
-        "tensorflow", reason="Keras's TensorBoard writes with TensorFlow."
-    )
-    with keras.distribution.DataParallel().scope():
-        fit(make_model(), [callbacks.TensorBoard(str(tmp_path))])
-    assert list(tmp_path.iterdir())
