@@ -4,9 +4,15 @@ pytest collects as ever. For each world size one set of processes is started,
 as torchrun would start them, and is sent case after case. A set in which a
 rank failed, died or hung may be out of step: it is killed, and the next case
 gets a fresh one.
+
+The sets run at the same time, and beside this process's own tests: processes
+that wait for each other leave cores idle. Each has a thread of this process.
+What it gives is reported when pytest comes to the item, in pytest's order.
 """
 
+import os
 import time
+from concurrent import futures
 
 import pytest
 
@@ -18,27 +24,24 @@ STARTS = 2
 
 
 class Launcher:
-    """The pytest plugin that runs the marked items."""
+    """The pytest plugin that has the marked items run, and reports them."""
 
     def __init__(self, config):
         self.config = config
-        self.processes = None
-        self.world = None
-        # For each world size, how often in a row no set came up.
-        self.failed_starts = {}
+        # Tests of this process may change it while a set is started.
+        self.variables = dict(os.environ)
+        self.worlds = None
+        self.results = {}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem):
+        if self.worlds is None:
+            self.begin(item.session.items)
         if worlds.world_of(item) is None:
             return None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        try:
-            reports = self.run(item, nextitem)
-        except BaseException:
-            # An interrupt leaves the ranks anywhere.
-            self.end("kill")
-            raise
+        reports = self.results.pop(item).result()
         for report in reports:
             hook.pytest_runtest_logreport(report=report)
         if self.config.option.capture == "no":
@@ -49,58 +52,108 @@ class Launcher:
         return True
 
     def pytest_sessionfinish(self):
-        self.end("stop")
+        for world in (self.worlds or {}).values():
+            world.end()
+
+    def begin(self, items):
+        """Has all marked items run, those of a world size one by one."""
+        # Made by the first who asks, which is no matter for threads.
+        self.config._tmp_path_factory.getbasetemp()
+        self.worlds = {}
+        by_size = {}
+        for item in items:
+            size = worlds.world_of(item)
+            if size is not None:
+                by_size.setdefault(size, []).append(item)
+        for size, own in by_size.items():
+            world = World(self.config, self.variables, size, own)
+            self.worlds[size] = world
+            self.results |= world.begin()
+
+    def show(self, reports):
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        for report in reports:
+            for title, text in report.sections:
+                reporter.write_sep("-", title)
+                reporter.write(text)
+
+
+class World:
+    """The items of one world size, run in order by a thread.
+
+    Args:
+        config: pytest's.
+        variables: dict, the environment that the processes are to have.
+        size: int, how many processes.
+        items: list of pytest items.
+    """
+
+    def __init__(self, config, variables, size, items):
+        self.config, self.variables = config, variables
+        self.size, self.items = size, items
+        self.processes = None
+        self.is_over = False
+        # How often in a row no set came up.
+        self.failed_starts = 0
+        self.thread = futures.ThreadPoolExecutor(max_workers=1)
+
+    def begin(self):
+        """Starts to run all items.
+
+        Returns:
+            `{item: future}` of the items' reports.
+        """
+        return {
+            item: self.thread.submit(self.run, item, following)
+            for item, following in zip(self.items, [*self.items[1:], None])
+        }
 
     def run(self, item, nextitem):
         """The reports of an item."""
-        world = worlds.world_of(item)
-        if self.failed_starts.get(world, 0) >= STARTS:
+        if self.failed_starts >= STARTS:
             return rank_report.failed(
                 item,
                 "setup",
-                f"The {world} processes did not start {STARTS} times: see "
+                f"The {self.size} processes did not start {STARTS} times: see "
                 "the failures before this one.",
             )
         began = time.monotonic()
-        if self.processes is None or self.world != world:
-            self.start(item.session, world)
+        if self.processes is None:
+            self.start()
         started = time.monotonic()
         if self.processes.started:
-            self.failed_starts[world] = 0
+            self.failed_starts = 0
             # Tells the processes which fixtures the next case keeps.
-            same = nextitem is not None and worlds.world_of(nextitem) == world
             self.processes.run(
                 item.nodeid,
-                nextitem.nodeid if same else None,
+                None if nextitem is None else nextitem.nodeid,
                 worlds.limit_of(item),
             )
         else:
-            self.failed_starts[world] = self.failed_starts.get(world, 0) + 1
+            self.failed_starts += 1
         reports = rank_report.merge(
             item, self.processes, time.monotonic() - started
         )
         reports[0].duration += started - began
-        if not self.processes.in_step:
-            self.end("kill")
+        if nextitem is None:
+            self.leave("stop" if self.processes.in_step else "kill")
+        elif not self.processes.in_step:
+            self.leave("kill")
         return reports
 
-    def start(self, session, world):
-        self.end("stop")
-        paths = {
-            str(item.path)
-            for item in session.items
-            if worlds.world_of(item) == world
-        }
-        self.world = world
-        folder = self.config._tmp_path_factory.mktemp(f"world{world}-")
+    def start(self):
         self.processes = ProcessSet(
-            world,
-            folder,
-            [*sorted(paths), *self.options()],
+            self.size,
+            self.variables,
+            self.config._tmp_path_factory.mktemp(f"world{self.size}-"),
+            [*sorted({str(item.path) for item in self.items}), *self.options()],
             lambda data: self.config.hook.pytest_report_from_serializable(
                 config=self.config, data=data
             ),
         )
+        if self.is_over:
+            self.processes.signal_end()
+        self.processes.start()
 
     def options(self):
         """The options of the processes' pytest: those that still matter."""
@@ -124,15 +177,19 @@ class Launcher:
             options.append(f"-W{warning}")
         return options
 
-    def show(self, reports):
-        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
-        for report in reports:
-            for title, text in report.sections:
-                reporter.write_sep("-", title)
-                reporter.write(text)
-
-    def end(self, how):
-        """Ends the set, if there is one: how is "stop" or "kill"."""
+    def leave(self, how):
+        """Ends the set: how is "stop" or "kill"."""
         processes, self.processes = self.processes, None
+        getattr(processes, how)()
+
+    def end(self):
+        """Ends what runs, also in the middle: pytest was stopped or is done."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.is_over = True
+        processes = self.processes
         if processes is not None:
-            getattr(processes, how)()
+            # The thread sees them die, and ends the case.
+            processes.signal_end()
+        self.thread.shutdown()
+        if self.processes is not None:
+            self.leave("kill")

@@ -12,6 +12,7 @@ import pytest
 from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 from integration_tests import worlds
+from integration_tests.process_set import GRACE_SECONDS
 
 # The launcher's own tests need neither torch nor Keras, only processes.
 BARE = os.environ.get("INTEGRATION_TESTS_BARE") == "1"
@@ -147,8 +148,8 @@ class TorchrunProcess:
                 self._leave()
         elif self.rank != 0:
             # torchrun ends rank 0 as soon as another process is gone: let it
-            # write its report, where it failed as well.
-            time.sleep(2)
+            # write its report, where it failed as well or is done.
+            time.sleep(GRACE_SECONDS)
 
     def _leave(self):
         import torch.distributed as dist

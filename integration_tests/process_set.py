@@ -31,7 +31,7 @@ class State(enum.Enum):
 class RankProcess:
     """One rank's process, with what it said and wrote in this case."""
 
-    def __init__(self, rank, world, port, folder, arguments):
+    def __init__(self, rank, world, port, variables, folder, arguments):
         self.rank = rank
         self.world = world
         self.paths = {
@@ -57,7 +57,7 @@ class RankProcess:
                     json.dumps(settings),
                 ],
                 cwd=ROOT,
-                env=environment(rank, world, port, folder),
+                env=environment(rank, world, port, variables, folder),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -146,11 +146,14 @@ class RankProcess:
             file.seek(before)
             return file.read().decode(errors="replace")
 
-    def kill(self):
+    def signal_end(self):
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+    def kill(self):
+        self.signal_end()
         self.process.wait()
         self.connection.close()
 
@@ -160,18 +163,23 @@ class ProcessSet:
 
     Args:
         world: int, how many.
+        variables: dict, the environment of the launcher.
         folder: an empty folder, for what they write.
         arguments: list of strings, the arguments of their pytest.
         read_report: function that turns a report as sent into a report.
     """
 
-    def __init__(self, world, folder, arguments, read_report):
+    def __init__(self, world, variables, folder, arguments, read_report):
         self.read_report = read_report
+        self.started = False
         port = free_port()
         self.ranks = [
-            RankProcess(rank, world, port, folder, arguments)
+            RankProcess(rank, world, port, variables, folder, arguments)
             for rank in range(world)
         ]
+
+    def start(self):
+        """Waits until all have joined each other."""
         self.limit = START_SECONDS
         self._gather(self.limit)
         self.started = self.in_step
@@ -242,11 +250,16 @@ class ProcessSet:
         for rank in self.ranks:
             rank.kill()
 
+    def signal_end(self):
+        """Has all die, while another thread may wait for them."""
+        for rank in self.ranks:
+            rank.signal_end()
 
-def environment(rank, world, port, folder):
+
+def environment(rank, world, port, variables, folder):
     """The environment that torchrun would give to a rank."""
     variables = {
-        **os.environ,
+        **variables,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world),
