@@ -58,7 +58,11 @@ TREE = {
 
 @pytest.fixture
 def tree(tmp_path):
-    root = tmp_path / "keras_torch_distribution"
+    return make_tree(tmp_path)
+
+
+def make_tree(folder):
+    root = folder / "keras_torch_distribution"
     root.mkdir()
     shutil.copy(overlay.__file__, root)
     for name, text in TREE.items():
@@ -92,21 +96,35 @@ def run(tree, text, backend="torch"):
     return json.loads(done.stdout), done.stderr
 
 
-class TestOverlay:
-    def test_new_modules_and_packages(self, tree):
-        seen, _ = run(
-            tree,
-            """
-            import json
-            import sys
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A program under the tree: its root, and what the program saw.
 
+    For several tests, since Keras takes seconds to import.
+    """
+    root = make_tree(tmp_path_factory.mktemp("tree"))
+    seen, _ = run(
+        root,
+        """
+        import inspect
+        import json
+        import multiprocessing
+        import sys
+
+
+        def child(queue, cls):
             import keras
+
+            queue.put([cls.amended, issubclass(keras.Model, cls)])
+
+
+        def new():
             from keras.src.backend.torch import overlay_dummy
             from keras.src.backend.torch import overlay_package
             from keras.src.backend.torch.overlay_package import part
             from keras.src.trainers import trainer_test
 
-            print(json.dumps({
+            return {
                 "values": [
                     overlay_dummy.VALUE,
                     overlay_package.VALUE,
@@ -115,30 +133,10 @@ class TestOverlay:
                 ],
                 "names": [part.__name__, part.__package__],
                 "copies": [n for n in sys.modules if n.endswith(".part")],
-            }))
-            """,
-        )
-        assert seen == {
-            "values": [
-                "new module",
-                "part of a new package",
-                "part of a new package",
-                "test of the overlay",
-            ],
-            "names": [
-                "keras.src.backend.torch.overlay_package.part",
-                "keras.src.backend.torch.overlay_package",
-            ],
-            "copies": ["keras.src.backend.torch.overlay_package.part"],
-        }
+            }
 
-    def test_amended_modules_and_packages(self, tree):
-        seen, _ = run(
-            tree,
-            """
-            import inspect
-            import json
 
+        def amended():
             import keras
             from keras.src.backend.torch import trainer
             from keras.src.trainers import data_adapters
@@ -148,7 +146,7 @@ class TestOverlay:
 
             cls = trainer.TorchTrainer
             original = cls.__mro__[1]
-            print(json.dumps({
+            return {
                 "amended": cls.amended and cls is ours.TorchTrainer,
                 "model": issubclass(keras.Model, cls),
                 "original": [
@@ -164,12 +162,54 @@ class TestOverlay:
                 "package": data_adapters.get_data_adapter.__code__.co_filename,
                 "submodule": data_adapters.data_adapter.__file__,
                 "public": keras.distribution.VALUE,
-            }))
-            """,
-        )
-        package = tree / "src" / "trainers" / "data_adapters" / "__init__.py"
+            }
+
+
+        def spawned():
+            from keras.src.backend.torch.trainer import TorchTrainer
+
+            context = multiprocessing.get_context("spawn")
+            queue = context.Queue()
+            process = context.Process(target=child, args=(queue, TorchTrainer))
+            process.start()
+            result = queue.get(timeout=120)
+            process.join()
+            return result
+
+
+        if __name__ == "__main__":
+            import keras
+
+            functions = (new, amended, spawned)
+            print(json.dumps({f.__name__: f() for f in functions}))
+        """,
+    )
+    return root, seen
+
+
+class TestOverlay:
+    def test_new_modules_and_packages(self, program):
+        _, seen = program
+        assert seen["new"] == {
+            "values": [
+                "new module",
+                "part of a new package",
+                "part of a new package",
+                "test of the overlay",
+            ],
+            "names": [
+                "keras.src.backend.torch.overlay_package.part",
+                "keras.src.backend.torch.overlay_package",
+            ],
+            "copies": ["keras.src.backend.torch.overlay_package.part"],
+        }
+
+    def test_amended_modules_and_packages(self, program):
+        root, seen = program
+        seen = dict(seen["amended"])
+        package = root / "src" / "trainers" / "data_adapters" / "__init__.py"
         assert seen.pop("package") == str(package)
-        assert not seen.pop("submodule").startswith(str(tree))
+        assert not seen.pop("submodule").startswith(str(root))
         assert seen == {
             "amended": True,
             "model": True,
@@ -178,6 +218,10 @@ class TestOverlay:
             "called": "keras.src.backend.torch.trainer",
             "public": "new module",
         }
+
+    def test_spawned_child(self, program):
+        _, seen = program
+        assert seen["spawned"] == [True, True]
 
     def test_import_under_own_name_first(self, tree):
         seen, _ = run(
@@ -194,36 +238,6 @@ class TestOverlay:
             """,
         )
         assert seen is True
-
-    def test_spawned_child(self, tree):
-        seen, _ = run(
-            tree,
-            """
-            import json
-            import multiprocessing
-
-
-            def child(queue, cls):
-                import keras
-
-                queue.put([cls.amended, issubclass(keras.Model, cls)])
-
-
-            if __name__ == "__main__":
-                import keras
-                from keras.src.backend.torch.trainer import TorchTrainer
-
-                context = multiprocessing.get_context("spawn")
-                queue = context.Queue()
-                process = context.Process(
-                    target=child, args=(queue, TorchTrainer)
-                )
-                process.start()
-                print(json.dumps(queue.get(timeout=120)))
-                process.join()
-            """,
-        )
-        assert seen == [True, True]
 
     def test_other_version_warns_once(self, tree):
         path = tree / "overlay.py"
