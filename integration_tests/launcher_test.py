@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -89,6 +90,51 @@ CASES = """
         pass
 """
 
+# A case of each world size waits for the other.
+MEETING_CASES = """
+    import pathlib
+    import time
+
+    import pytest
+
+    HERE = pathlib.Path(__file__).parent
+
+
+    @pytest.mark.limit(30)
+    @pytest.mark.world(1, 2)
+    def test_meets(world_size):
+        (HERE / f"from {world_size}").touch()
+        while not (HERE / f"from {3 - world_size}").exists():
+            time.sleep(0.05)
+"""
+
+STOPPED_CASES = """
+    import os
+    import pathlib
+    import time
+
+    import pytest
+
+    HERE = pathlib.Path(__file__).parent
+
+
+    @pytest.fixture(autouse=True)
+    def mark(rank, world_size):
+        (HERE / f"pid {os.getpid()}").touch()
+
+
+    @pytest.mark.world(1)
+    def test_fails():
+        while len(list(HERE.glob("pid *"))) < 3:
+            time.sleep(0.05)
+        raise ValueError
+
+
+    @pytest.mark.world(1, 2)
+    def test_waits():
+        time.sleep(100)
+"""
+
 TORCHRUN_CASES = """
     import time
 
@@ -123,7 +169,7 @@ TORCHRUN_CASES = """
 """
 
 
-def run_cases(folder, cases, *command):
+def run_cases(folder, cases, *command, options=()):
     """Runs cases in a copy of this launcher, without torch and Keras."""
     copy = folder / "integration_tests"
     copy.mkdir()
@@ -149,7 +195,7 @@ def run_cases(folder, cases, *command):
         "TMPDIR": str(folder),
     }
     result = subprocess.run(
-        [sys.executable, "-m", *command, "pytest", "-rA"],
+        [sys.executable, "-m", *command, "pytest", "-rA", *options],
         cwd=folder,
         env=variables,
         stdout=subprocess.PIPE,
@@ -246,6 +292,24 @@ def test_no_process_is_left(output, folder):
     pids = {int(line) for line in text.splitlines()}
     # Two for each of six sets, and one alone.
     assert len(pids) == 13
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_world_sizes_run_at_once(tmp_path):
+    output = run_cases(tmp_path, MEETING_CASES)
+    assert "2 passed" in output
+
+
+def test_what_runs_ahead_ends_with_pytest(tmp_path):
+    began = time.monotonic()
+    output = run_cases(tmp_path, STOPPED_CASES, options=["-x"])
+    assert time.monotonic() - began < 60
+    assert "stopping after 1 failures" in output
+    paths = (tmp_path / "integration_tests").glob("pid *")
+    pids = [int(path.name.partition(" ")[2]) for path in paths]
+    assert len(pids) >= 3
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
