@@ -57,7 +57,7 @@ def assert_as_alone(program, tmp_path, rank, make_model=make_model):
     # All processes write what they would write alone somewhere else.
     alone = tmp_path / f"alone{rank}"
     alone.mkdir()
-    expected = parity.run(lambda m: program(m, alone), make_model)
+    expected = parity.run_here(lambda m: program(m, alone), make_model)
     layouts = {"dense.*/kernel": (None, "model")}
     for name, distribution in {
         "data": keras.distribution.DataParallel(),

@@ -232,7 +232,7 @@ def values(model):
 
 @functools.cache
 def on_one_device(make):
-    return program(make, text)
+    return parity.on_one_device(lambda: program(make, text))
 
 
 def device_mesh(shape):
@@ -268,7 +268,7 @@ def test_shipped_layout_map(make, shape):
 )
 def test_layout_map_of_the_keras_guide(make, data):
     """Every kernel and bias is cut along its last dim."""
-    expected = program(make, data)
+    expected = parity.on_one_device(lambda: program(make, data))
     layouts = {
         re.escape(path): (None,) * (value.ndim - 1) + ("model",)
         for path, value in expected["weights"].items()

@@ -1,11 +1,13 @@
 """What a program gives under a distribution, against one device.
 
-Both run in the same process: once without a distribution, once with it.
+What one device gives is computed by rank 0 alone, which tells the others.
 """
 
 import contextlib
+import functools
 
 import numpy as np
+import torch.distributed as dist
 
 import keras
 from integration_tests import everyone
@@ -40,7 +42,57 @@ def model_parallel(
     )
 
 
-def train(
+def on_one_device(program):
+    """What a program gives on rank 0, without a distribution.
+
+    All other ranks wait for it, so that their cores are another test's.
+
+    Collective: every process calls it.
+
+    Args:
+        program: function without arguments, whose result can be pickled.
+    """
+    answer, error = [None, None], None
+    if dist.get_rank() == 0:
+        try:
+            answer = [program(), None]
+        except Exception as raised:
+            error = raised
+            answer = [None, f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(answer)
+    if error is not None:
+        raise error
+    result, failure = answer
+    if failure is not None:
+        raise RuntimeError(f"Rank 0 failed without a distribution: {failure}")
+    # Names and random numbers go on from here in the same way everywhere.
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(7)
+    return result
+
+
+def train(make_model, x, y, distribution=None, **kwargs):
+    """Builds a model and trains it for a few steps on one batch.
+
+    Collective: every process calls it.
+
+    Args:
+        make_model: function without arguments.
+        x, y: the batch.
+        distribution: None for what one device gives.
+        **kwargs: of `train_here`.
+
+    Returns:
+        Dict of whole numpy arrays: `logs` of each step, `gradients` of the
+        first step, `weights` after the last, `predictions` before and after.
+    """
+    function = functools.partial(train_here, make_model, x, y, **kwargs)
+    if distribution is None:
+        return on_one_device(function)
+    return function(distribution=distribution)
+
+
+def train_here(
     make_model,
     x,
     y,
@@ -52,13 +104,9 @@ def train(
     weighted_metrics=None,
     **step_arguments,
 ):
-    """Builds a model and trains it for a few steps on one batch.
+    """What `train` gives, computed on this process.
 
     Collective under a distribution: every process calls it.
-
-    Returns:
-        Dict of whole numpy arrays: `logs` of each step, `gradients` of the
-        first step, `weights` after the last, `predictions` before and after.
     """
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
@@ -128,11 +176,23 @@ def assert_parity(make_model, x, y, distribution, tolerance=1e-5, **kwargs):
 def run(program, make_model, distribution=None):
     """What a program says of a new model, and the weights that it leaves.
 
-    Collective under a distribution: every process calls it.
+    Collective: every process calls it.
 
     Args:
         program: takes a model, gives nested numbers.
         make_model: makes and compiles the model.
+        distribution: None for what one device gives.
+    """
+    function = functools.partial(run_here, program, make_model)
+    if distribution is None:
+        return on_one_device(function)
+    return function(distribution)
+
+
+def run_here(program, make_model, distribution=None):
+    """What `run` gives, computed on this process.
+
+    Collective under a distribution: every process calls it.
     """
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(11)
