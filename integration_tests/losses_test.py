@@ -28,22 +28,30 @@ def positive(*shape):
     return rng().uniform(0.1, 1.0, (ROWS, *shape)).astype("float32")
 
 
-def fit(make_outputs, y, loss="mse", x=None, epochs=1, compiled=None, **kwargs):
+def fit(
+    make_outputs,
+    y,
+    loss="mse",
+    x=None,
+    epochs=1,
+    compiled=None,
+    model=keras.Model,
+    **kwargs,
+):
     """A program that compiles and trains a new model.
 
     Args:
         make_outputs: takes the symbolic input.
+        model: the class of the model.
     """
     x = normal(FEATURES) if x is None else x
 
     def program(distribution=None):
         def make_model():
             inputs = keras.Input(x.shape[1:])
-            model = keras.Model(inputs, make_outputs(inputs))
-            model.compile(
-                keras.optimizers.SGD(0.1), loss=loss, **compiled or {}
-            )
-            return model
+            made = model(inputs, make_outputs(inputs))
+            made.compile(keras.optimizers.SGD(0.1), loss=loss, **compiled or {})
+            return made
 
         def train(model):
             arguments = {"batch_size": BATCH, "verbose": 0, **kwargs}

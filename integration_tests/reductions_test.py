@@ -250,6 +250,11 @@ def covariance(layer, x):
     return x + ops.matmul(x, ops.matmul(ops.transpose(x), x))
 
 
+def similar(layer, x):
+    """Each row takes part in all rows."""
+    return x + ops.matmul(ops.softmax(ops.matmul(x, ops.transpose(x))), x)
+
+
 FUNCTIONS = [
     batch_centred,
     standardised,
@@ -259,6 +264,7 @@ FUNCTIONS = [
     cumulated,
     ranked,
     covariance,
+    similar,
 ]
 
 
@@ -315,6 +321,28 @@ def test_activation_checkpointing(function):
     assert_as_alone({"remat": fit(outputs, normal(CLASSES))})
 
 
+class OwnLoss(keras.Model):
+    """A model that computes its loss by itself."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+        own = ops.sqrt(ops.mean(ops.square(y - y_pred)))
+        compiled = super().compute_loss(x, y, y_pred, sample_weight, training)
+        return own + ops.sum(ops.abs(y_pred)) / ops.shape(x)[0] + compiled**2
+
+
+def test_compute_loss():
+    def outputs(x):
+        x = layers.Dense(6, "tanh", kernel_regularizer="l2", name="up")(x)
+        return layers.Dense(CLASSES, name="out")(x)
+
+    program = fit(outputs, normal(CLASSES), model=OwnLoss)
+    assert_as_alone({"compute_loss": program})
+    for shape in ((2, 1), (1, 2)):
+        layouts = {"up/kernel": (None, "model"), "out/kernel": ("model", None)}
+        distribution = parity.model_parallel(shape, layouts)
+        assert_as_alone({"compute_loss": program}, distribution)
+
+
 def test_metrics():
     def metric(y, p):
         return root_mean_squared(y, p)
@@ -348,7 +376,7 @@ def test_sharded_weights():
         "own/.*": ("model",),
         "out/kernel": ("model", "batch"),
     }
-    for function in (batch_centred, balance, standardised, covariance):
+    for function in (batch_centred, balance, standardised, similar):
         program = fit(around(function), normal(CLASSES))
         for shape in ((2, 1), (1, 2)):
             distribution = parity.model_parallel(shape, layouts)

@@ -15,10 +15,13 @@ from keras.src.backend.torch.distribution import logs as logs_lib
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import process_group
+from keras.src.backend.torch.distribution import reductions
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution.context import current
 
 __all__ = ["TorchEpochIterator", "TorchTrainer"]
+
+released_compute_loss = upstream.TorchTrainer._compute_loss
 
 
 class TorchTrainer(upstream.TorchTrainer):
@@ -84,8 +87,22 @@ class TorchTrainer(upstream.TorchTrainer):
             )
         )
 
-    def _compute_loss(self, *args, **kwargs):
-        return activations.whole(super()._compute_loss(*args, **kwargs))
+    def _compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        def compute(x, y, y_pred, sample_weight):
+            return released_compute_loss(
+                self, x, y, y_pred, sample_weight, training
+            )
+
+        if type(self).compute_loss is TorchTrainer.compute_loss:
+            loss = compute(x, y, y_pred, sample_weight)
+        else:
+            # One of the user's own, which may reduce rows by itself.
+            loss, _ = reductions.run(
+                self, compute, x, y, y_pred, sample_weight, gathers=False
+            )
+        return activations.whole(loss)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         if self._compile_metrics is not None:

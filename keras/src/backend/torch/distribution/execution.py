@@ -35,18 +35,15 @@ def call(layer, context, args, kwargs):
         or trials.is_trial()
         or any_symbolic_tensors(args, kwargs)
     ):
-        with trials.inside(layer):
-            return Operation.__call__(layer, *args, **kwargs)
+        return trials.call(layer, Operation.__call__, *args, **kwargs)
+    function = functools.partial(_call, layer, context)
     if modes.calls:
-        with reductions.of_layer(layer):
-            return _call(layer, context, args, kwargs)
-    function = functools.partial(Operation.__call__, layer)
+        return reductions.call(layer, function, args, kwargs)
     with (
         operators.on_shards(context),
-        reductions.of_outermost(layer, function, args, kwargs),
-        reductions.of_layer(layer),
+        reductions.of_outermost(layer, Operation.__call__, args, kwargs),
     ):
-        return _call(layer, context, args, kwargs)
+        return reductions.call(layer, function, args, kwargs)
 
 
 def _call(layer, context, args, kwargs):

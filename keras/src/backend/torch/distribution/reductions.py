@@ -9,6 +9,7 @@ metric is computed on all rows, gathered.
 
 import collections
 import contextlib
+import functools
 import logging
 import weakref
 
@@ -16,6 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from keras.src import tree
+from keras.src.backend.common import global_state
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution import sharded
@@ -38,7 +40,7 @@ def context_in_step():
     return context if rows_lib.get_current_rows() is not None else None
 
 
-def run(owner, function, *args):
+def run(owner, function, *args, gathers=True):
     """`function(*args)` of a global batch, for our rows of it.
 
     Collective in a step, along the data axis, forward and backward: every
@@ -47,6 +49,7 @@ def run(owner, function, *args):
     Args:
         owner: the loss or the metric, which trials are kept for.
         function: takes tensors with our rows.
+        gathers: whether, where nothing else helps, it may be handed all rows.
 
     Returns:
         What `function` returns, and whether that has an entry for each of our
@@ -58,8 +61,11 @@ def run(owner, function, *args):
         return outputs, bool(outputs.ndim)
     trial = trial_of(owner, function, args, {})
     if trial.failed or trial.mixes:
-        _say_gathered(owner, trial)
-        return on_all_rows(function, args, context)
+        if gathers:
+            _say_gathered(owner, trial)
+            return on_all_rows(function, args, context)
+        _say_unknown(owner, trial)
+        return function(*args), trial.returns_rows
     if not trial.found and not trial.uses_losses:
         return function(*args), trial.returns_rows
     with Run(trial, context, owner).mode():
@@ -75,24 +81,18 @@ def of_outermost(layer, function, args, kwargs):
 
     Args:
         layer: the outermost layer, about to be called.
-        function: its call.
+        function: its call, of itself and its arguments.
         args, kwargs: arguments of the call.
     """
     context = context_in_step()
     if context is None or trials.is_watched():
         yield
         return
-    sizes = (n for v in layer.variables for n in v.shape)
-    with trials.inside(layer):
-        trial = trial_of(layer, function, args, kwargs, sizes)
-    if trial.failed or not trial.found:
-        if trial.failed:
-            logger.debug(
-                "layer %s: whether it reduces rows is not known, since it "
-                "does not run on meta tensors: %s",
-                layer.path,
-                trial.failed,
-            )
+    function = functools.partial(trials.call, layer, function)
+    trial = trial_of(layer, function, args, kwargs)
+    if trial.failed:
+        _say_unknown(layer, trial)
+    if trial.failed or not (trial.found or trial.mixing):
         yield
         return
     previous, _current[0] = _current[0], Run(trial, context, layer)
@@ -103,12 +103,59 @@ def of_outermost(layer, function, args, kwargs):
         _current[0] = previous
 
 
-def of_layer(layer):
-    """Within it, one layer's own code goes over all rows where it does so."""
+def call(layer, function, args, kwargs):
+    """`function(args, kwargs)`: one call of a layer, whose code goes over all
+    rows where it reduces some.
+
+    Collective along the data axis where it does, forward and backward: every
+    process of it calls it.
+    """
     run = _current[0]
-    if run is None or id(layer) not in run.layers:
-        return contextlib.nullcontext()
-    return run.mode()
+    if run is None:
+        return function(args, kwargs)
+    if id(layer) in run.trial.mixing:
+        _say_gathered(layer, run.trial)
+        return _call_on_all_rows(layer, function, args, kwargs, run)
+    if id(layer) in run.layers:
+        with run.mode():
+            return function(args, kwargs)
+    return function(args, kwargs)
+
+
+def _call_on_all_rows(layer, function, args, kwargs, run):
+    """A layer's outputs for our rows, computed on all."""
+    dims_of_inputs, dims_of_outputs = run.trial.mixing[id(layer)]
+    ours = slice_of_ours(run.context)
+
+    def whole(x, dim):
+        return _with_mask(x, dim, lambda x: gather(x, *dim, run.context))
+
+    def cut(y, dim):
+        return _with_mask(y, dim, lambda y: _cut(sharded.whole(y), *dim, ours))
+
+    args, kwargs = _map(whole, (args, kwargs), dims_of_inputs)
+    previous, _current[0] = _current[0], None
+    try:
+        with rows_lib.current_rows(None):
+            outputs = function(args, kwargs)
+    finally:
+        _current[0] = previous
+    return _map(cut, outputs, dims_of_outputs)
+
+
+def _map(function, structure, dims):
+    leaves = tree.flatten(structure)
+    return tree.pack_sequence_as(structure, list(map(function, leaves, dims)))
+
+
+def _with_mask(x, dim, function):
+    if dim is None:
+        return x
+    y = function(x)
+    mask = getattr(x, "_keras_mask", None)
+    if mask is not None:
+        y._keras_mask = function(mask)
+    return y
 
 
 def as_now():
@@ -127,7 +174,10 @@ def as_now():
         repeated.calls = calls.copy()
         previous, _current[0] = _current[0], repeated
         try:
-            with of_layer(modes.layer):
+            if id(modes.layer) not in run.layers:
+                yield
+                return
+            with repeated.mode():
                 yield
         finally:
             _current[0] = previous
@@ -135,18 +185,19 @@ def as_now():
     return again
 
 
-def trial_of(owner, function, args, kwargs, sizes=()):
+def trial_of(owner, function, args, kwargs):
     """The `Trial` of a function for arguments like these; run once."""
     signature = tuple(_signature(x) for x in tree.flatten((args, kwargs)))
     own = _trials.setdefault(owner, {})
-    signature += (_is_training(owner),)
+    signature += (_is_training(), getattr(function, "func", None))
     if signature not in own:
-        own[signature] = _try(function, args, kwargs, sizes)
+        own[signature] = _try(owner, function, args, kwargs)
     return own[signature]
 
 
 @torch.compiler.disable
-def _try(function, args, kwargs, sizes):
+def _try(owner, function, args, kwargs):
+    sizes = {n for v in getattr(owner, "variables", ()) for n in v.shape}
     return trials.run(function, args, kwargs, sizes)
 
 
@@ -157,10 +208,10 @@ def _signature(x):
     return x if isinstance(x, (str, bool, int, float)) else type(x)
 
 
-def _is_training(owner):
-    if not hasattr(owner, "_get_call_context"):
-        return None
-    return owner._get_call_context().training
+def _is_training():
+    # What Keras's layers ask too; asking by a layer would begin a call.
+    call = global_state.get_global_attribute("current_call_ctx")
+    return None if call is None else call.get_value("training")
 
 
 class Run:
@@ -198,9 +249,9 @@ class Run:
         if process_group.is_first() and self.owner not in _said:
             _said.add(self.owner)
             logger.warning(
-                "%s does not reduce rows as it did when it was tried (%s): "
+                "'%s' does not reduce rows as it did when it was tried (%s): "
                 "its numbers may be those of a data shard's rows.",
-                self.owner,
+                _name_of(self.owner),
                 what,
             )
 
@@ -316,11 +367,7 @@ def on_all_rows(function, args, context):
     def whole(x):
         if not torch.is_tensor(x) or not x.ndim or x.shape[0] != local:
             return x
-        y = gather(x, 0, 1, context)
-        mask = getattr(x, "_keras_mask", None)
-        if mask is not None:
-            y._keras_mask = whole(mask)
-        return y
+        return _with_mask(x, (0, 1), lambda x: gather(x, 0, 1, context))
 
     args = tree.map_structure(whole, args)
     ours = slice_of_ours(context)
@@ -328,11 +375,7 @@ def on_all_rows(function, args, context):
         outputs = function(*args)
     if not _has_row(outputs, total):
         return outputs, False
-    mask = getattr(outputs, "_keras_mask", None)
-    outputs = outputs[ours]
-    if mask is not None:
-        outputs._keras_mask = mask[ours]
-    return outputs, True
+    return _with_mask(outputs, (0, 1), lambda y: y[ours]), True
 
 
 def _has_row(outputs, number):
@@ -361,6 +404,25 @@ def _say_gathered(owner, trial):
         "'%s' is computed on all rows of the batch, gathered on every data "
         "shard in each step: %s. A function of each row by itself, in "
         "operations that run without numbers, is computed where its rows are.",
-        getattr(owner, "name", owner),
-        why.partition("\n")[0][:200],
+        _name_of(owner),
+        _in_a_line(why),
     )
+
+
+def _say_unknown(owner, trial):
+    if logger.isEnabledFor(logging.DEBUG) and owner not in _said:
+        _said.add(owner)
+        logger.debug(
+            "'%s' is taken for code of each row by itself, since it does not "
+            "run on tensors without numbers: %s",
+            _name_of(owner),
+            _in_a_line(trial.failed or "it compares rows with each other"),
+        )
+
+
+def _name_of(owner):
+    return getattr(owner, "path", None) or getattr(owner, "name", owner)
+
+
+def _in_a_line(why):
+    return why.partition("\n")[0][:200]

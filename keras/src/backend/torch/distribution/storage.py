@@ -171,7 +171,8 @@ def present(value, variable):
     if not isinstance(value, DTensor):
         return _enter(value) if modes.on_dtensors else value
     if trials.is_trial():
-        return value.new_empty(value.shape, device=value.to_local().device)
+        device = sharded.local_of(value).device
+        return torch.empty(value.shape, dtype=value.dtype, device=device)
     if modes.local:
         return sharded.local_of(value)
     if not modes.calls or modes.stored:

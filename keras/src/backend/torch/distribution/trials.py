@@ -106,7 +106,9 @@ class Trial:
     Attributes:
         found: `{(layer, name of function): {number of the call: Found}}`.
         returns_rows: whether what is returned has an entry for each row.
-        mixes: whether rows meet other rows (in a product of all with all).
+        mixing: layers in which rows meet other rows (in a product of all with
+            all), with the dims of rows of what they are handed and return.
+        mixes: whether rows meet other rows anywhere.
         uses_losses: whether Keras's own losses or moments are called.
         failed: None, or why the code does not run on meta tensors.
     """
@@ -116,9 +118,13 @@ class Trial:
     def __init__(self):
         self.found = {}
         self.returns_rows = False
-        self.mixes = False
+        self.mixing = {}
         self.uses_losses = False
         self.failed = None
+
+    @property
+    def mixes(self):
+        return bool(self.mixing)
 
     @property
     def layers(self):
@@ -187,9 +193,9 @@ def _run(function, args, kwargs, prime, scope):
             scope,
         ):
             args, kwargs = tree.map_structure(enter, (args, kwargs))
-            with _Recorder(trial, prime) as recorder:
+            with _Recorder(trial, prime):
                 outputs = function(*args, **kwargs)
-        trial.returns_rows = any(map(recorder.dim_of, tree.flatten(outputs)))
+        trial.returns_rows = any(map(trial.dim_of, tree.flatten(outputs)))
     except Exception as error:
         # Code may ask for numbers, which there are none of: whoever asked for
         # the trial has another way then.
@@ -219,14 +225,20 @@ def watched_by(watcher):
         _running.remove(watcher)
 
 
-@contextlib.contextmanager
-def inside(layer):
-    """Within it, calls are counted as those of a layer."""
+def call(layer, function, *args, **kwargs):
+    """`function(layer, ...)`: a layer's outputs on tensors without numbers."""
     outer, modes.layer = modes.layer, layer
     try:
-        yield
+        outputs = function(layer, *args, **kwargs)
     finally:
         modes.layer = outer
+    if is_trial() and id(layer) in _running[-1].mixing:
+        dim_of = _running[-1].dim_of
+        _running[-1].mixing[id(layer)] = (
+            list(map(dim_of, tree.flatten((args, kwargs)))),
+            list(map(dim_of, tree.flatten(outputs))),
+        )
+    return outputs
 
 
 def local_rows():
@@ -256,6 +268,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, trial, prime):
         super().__init__()
         self.trial, self.prime = trial, prime
+        trial.dim_of = self.dim_of
         self.calls = collections.Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -298,7 +311,8 @@ class _Recorder(TorchFunctionMode):
             return None
         dim, size = dims[0], x.shape[dims[0]]
         if len(dims) > 1 or size % self.prime**2 == 0:
-            self.trial.mixes = True
+            layer = modes.layer
+            self.trial.mixing.setdefault(None if layer is None else id(layer))
         return dim, size // self.prime
 
     def numbers(self, leaves):
