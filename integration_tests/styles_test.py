@@ -197,6 +197,41 @@ def test_convolutions_reduce_once_each_way():
 
 
 @pytest.mark.world(2)
+def test_sequence_parallelism_scatters_what_it_sums():
+    """What a row layer and a lookup sum is handed on in shards: no more bytes
+    than an all-reduce, which is both halves of it (Korthikanti et al., 2022).
+    """
+    layouts = {
+        ".*(tokens|row)/(kernel|embeddings)": ROW,
+        ".*column/kernel": COLUMN,
+        ".*column/bias": ("model",),
+        ".*(tokens|norm|row)/output": ("batch", "model", None),
+    }
+    with parity.model_parallel((1, 2), layouts).scope():
+        model = keras.Sequential(
+            [
+                keras.Input((6,), dtype="int32"),
+                layers.Embedding(8, 4, name="tokens"),
+                layers.LayerNormalization(name="norm"),
+                layers.Dense(6, "relu", name="column"),
+                layers.Dense(5, name="row"),
+            ]
+        )
+        counted = Counted(model, np.arange(ROWS * 6).reshape(ROWS, 6) % 8)
+    tokens = ROWS * 6
+    # The tokens and the row layer; the column layer.
+    assert counted.forward == {"reduce_scatter": 2, "all_gather": 1}
+    assert counted.forward_bytes["reduce_scatter"] == 4 * tokens * (4 + 5)
+    # Of the two reductions and, as it is half, of the column layer; and the
+    # gradients of weights that all shards of the sequence use.
+    assert counted.backward["all_gather"] == 2
+    assert counted.backward["reduce_scatter"] == 1
+    assert counted.backward_bytes["reduce_scatter"] == 4 * tokens * 4
+    weights = 4 + 4 + 5  # of the norm, and the bias of the row layer
+    assert counted.backward_bytes["all_reduce"] == 4 * weights
+
+
+@pytest.mark.world(2)
 def test_no_gradient_of_inputs_is_reduced_for_nobody():
     with scope((1, 2), column=COLUMN, row=ROW):
         counted = Counted(column_activation_row(), normal(4))

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
+from keras.src.backend.common.name_scope import current_path
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import sharded
 
@@ -62,6 +63,23 @@ def local(x, mesh):
         return x, replicate(mesh)
     x = sharded.reduced(x)
     return sharded.Leave.apply(x), tuple(x.placements)
+
+
+def requested(context, ndim):
+    """The placements that the layout map asks for, of what the layer under way
+    returns; None if it asks for none.
+
+    Args:
+        context: the `Context`.
+        ndim: int, how many dims the output has.
+    """
+    distribution = context.distribution
+    layout = distribution.get_tensor_layout(f"{current_path()}/output")
+    if layout is None:
+        return None
+    shape = (1,) * ndim
+    placements = context.placements(layout, shape, current_path())
+    return context.model_placements(placements)
 
 
 def carry(local, mesh, placements, shape):

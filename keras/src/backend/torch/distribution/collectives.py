@@ -152,6 +152,21 @@ class AllGatherPartial(torch.autograd.Function):
         return reduce_scatter(grad, ctx.dim, ctx.group), *(None,) * 3
 
 
+class ReduceScatter(torch.autograd.Function):
+    """Our shard of the sum of partial results: reduce-scatter forward,
+    all-gather backward."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.size, ctx.group = dim, x.shape[dim], group
+        return reduce_scatter(x, dim, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = whole_gradient(grad).contiguous()
+        return all_gather(grad, ctx.dim, ctx.size, ctx.group), None, None
+
+
 class Slice(torch.autograd.Function):
     """Our shard of a whole tensor: slice forward, all-gather backward."""
 

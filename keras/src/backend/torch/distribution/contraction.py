@@ -70,17 +70,33 @@ class Operands:
     Attributes:
         x, kernel: plain tensors, our shards.
         placements: those of the result once it is summed, one for each axis.
-        sums: process groups to sum the result over.
+        sums: axes of `mesh` to sum the result over.
     """
 
-    def __init__(self, x, kernel, placements, sums):
+    def __init__(self, x, kernel, placements, sums, mesh):
         self.x, self.kernel = x, kernel
         self.placements, self.sums = placements, sums
+        self.mesh = mesh
 
-    def reduced(self, y):
-        """The sum of the results. Collective over `sums`."""
-        for group in self.sums:
-            y = collectives.AllReduce.apply(y, group)
+    def reduced(self, y, requested=None):
+        """The sum of the results; `placements` say how it is laid out.
+
+        Collective over `sums`.
+
+        Args:
+            y: what this process contracted.
+            requested: optional placements, one for each axis of the mesh. Where
+                one asks for a shard of the sum, no more is communicated.
+        """
+        for axis in self.sums:
+            group = self.mesh.get_group(axis)
+            dim = dim_of(requested[axis]) if requested else None
+            taken = [dim_of(p) for p in self.placements]
+            if dim is None or dim in taken or y.shape[dim] % group.size():
+                y = collectives.AllReduce.apply(y, group)
+            else:
+                y = collectives.ReduceScatter.apply(y, dim, group)
+                self.placements[axis] = Shard(dim)
         return y
 
 
@@ -149,7 +165,7 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
         if letter in letters.output:
             placements.append(Shard(letters.output.index(letter)))
         else:  # row
-            sums.append(group)
+            sums.append(axis)
             placements.append(Replicate())
     # What is gathered is gathered before another axis cuts the same dim.
     steps = ()  # what has been done to the input, for those who share it
@@ -163,7 +179,7 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
         x = collectives.Slice.apply(x, dim, mesh.get_group(axis))
     for group in shared:
         kernel = collectives.AllReduceGradient.apply(kernel, group)
-    return Operands(x, kernel, placements, sums)
+    return Operands(x, kernel, placements, sums, mesh)
 
 
 def _gather(x, dim, inputs, group):

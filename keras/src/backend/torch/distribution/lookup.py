@@ -11,6 +11,7 @@ from torch.distributed.tensor import Shard
 
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import contraction
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution import styles
@@ -62,7 +63,6 @@ def look_up(layer, indices, context):
     placements, sums = [], []
     start, size = 0, vocabulary
     for axis, placement in enumerate(table_placements):
-        group = context.model_mesh.get_group(axis)
         if not placement.is_shard():
             placements.append(Replicate())
         elif placement.dim == 1:
@@ -74,7 +74,7 @@ def look_up(layer, indices, context):
                 context.model_mesh.get_local_rank(axis),
             )
             start, size = start + first, last - first
-            sums.append(group)
+            sums.append(axis)
             placements.append(Replicate())
     if sums:
         ours = (indices >= start) & (indices < start + size)
@@ -89,10 +89,11 @@ def look_up(layer, indices, context):
         vectors = torch.nn.functional.embedding(indices, table)
     if vectors.dtype != _compute_dtype(layer):
         vectors = vectors.to(_compute_dtype(layer))
-    for group in sums:
-        vectors = collectives.AllReduce.apply(vectors, group)
+    mesh = context.model_mesh
+    cut = contraction.Operands(indices, table, placements, sums, mesh)
+    vectors = cut.reduced(vectors, activations.requested(context, vectors.ndim))
     shape = (*indices.shape, width)
-    return activations.carry(vectors, context.model_mesh, placements, shape)
+    return activations.carry(vectors, mesh, placements, shape)
 
 
 def _compute_dtype(layer):

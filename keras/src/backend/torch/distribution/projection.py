@@ -84,12 +84,15 @@ def project(layer, inputs, context):
         context.model_mesh,
     )
     placements = cut.placements
-    bias = _bias(layer, context, placements, letters)
-    y = _contract(layer, cut.x, cut.kernel, None if cut.sums else bias)
     if cut.sums:
-        y = cut.reduced(y)
+        y = _contract(layer, cut.x, cut.kernel, None)
+        y = cut.reduced(y, activations.requested(context, y.ndim))
+        bias = _bias(layer, context, placements, letters)
         if bias is not None:
             y = y + bias
+    else:
+        bias = _bias(layer, context, placements, letters)
+        y = _contract(layer, cut.x, cut.kernel, bias)
     shape = letters.output_shape(inputs.shape, layer._kernel.shape, y.shape)
     mesh = context.model_mesh
     return _activated(layer.activation, y, mesh, placements, shape)
