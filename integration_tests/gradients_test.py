@@ -6,6 +6,7 @@ process, and returns what is compared.
 
 import contextlib
 import datetime
+import functools
 import time
 import types
 
@@ -110,13 +111,13 @@ def backward(model, x):
     ops.mean(model(our_rows(x), training=True) ** 2).backward()
 
 
-def mlp(**kwargs):
+def mlp(norm="norm", **kwargs):
     return keras.Sequential(
         [
             keras.Input((4,)),
             layers.Dense(8, "tanh", name="column", **kwargs),
             layers.Dense(6, name="row", **kwargs),
-            layers.LayerNormalization(name="norm"),
+            layers.LayerNormalization(name=norm),
             layers.Dense(4, "tanh", name="spread", **kwargs),
             layers.Dense(2, name="whole", **kwargs),
         ]
@@ -270,14 +271,32 @@ def test_a_backward_pass_of_one_process_alone_ends(rank):
 
 def penalty(model, x):
     """A loss, and the squared norm of its gradient."""
-    loss = ops.mean(model(x) ** 2)
+    loss = ops.mean(model(x, training=True) ** 2)
     grads = grad(loss, model, create_graph=True)
     return loss + sum(ops.sum(whole(g) ** 2) for g in grads.values())
 
 
-def test_penalty_of_gradients_of_weights():
+def statistics():
+    """With sums over all rows, and layers' own code on shards."""
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            layers.Dense(6, "gelu", use_bias=False, name="column"),
+            layers.BatchNormalization(synchronized=True, name="norm"),
+            layers.RMSNormalization(name="norm_too"),
+            layers.Dense(3, "softmax", name="row"),
+        ]
+    )
+
+
+# Of a sharded LayerNormalization, DTensor has no gradient of the gradient.
+TWICE = [functools.partial(mlp, norm="between"), statistics]
+
+
+@pytest.mark.parametrize("make", TWICE, ids=["mlp", "statistics"])
+def test_penalty_of_gradients_of_weights(make, world_size):
     def program():
-        model = mlp()
+        model = make()
         x = our_rows(normal(4))
         results = []
         for _ in range(2):
@@ -287,9 +306,7 @@ def test_penalty_of_gradients_of_weights():
         by_function = grad(penalty(model, x), model)
         return results, {path: numpy(g) for path, g in by_function.items()}
 
-    expected = run(program)
-    actual = run(program, keras.distribution.DataParallel())
-    parity.assert_same(actual, expected)
+    check(program, world_size)
 
 
 def test_two_losses_of_one_graph_accumulate(world_size):
@@ -755,12 +772,12 @@ def test_gradients_of_our_rows(world_size):
     check(program, world_size)
 
 
-def test_penalty_of_gradients_of_inputs():
+def test_penalty_of_gradients_of_inputs(world_size):
     """As of a Wasserstein GAN's critic: a mean over rows of what is computed
     of each row's own gradient."""
 
     def program():
-        model = mlp()
+        model = mlp(norm="between")
         x = our_rows(normal(4)).requires_grad_()
         (of_rows,) = torch.autograd.grad(
             ops.sum(model(x)), x, create_graph=True
@@ -769,9 +786,7 @@ def test_penalty_of_gradients_of_inputs():
         ops.mean((norms - 1) ** 2).backward()
         return gradients(model)
 
-    expected = run(program)
-    actual = run(program, keras.distribution.DataParallel())
-    parity.assert_same(actual, expected)
+    check(program, world_size)
 
 
 def test_gradients_of_inputs(world_size):

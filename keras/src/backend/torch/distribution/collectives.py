@@ -7,6 +7,10 @@ Megatron-LM (Shoeybi et al., 2019), section 3.
 
 Shards follow `torch.chunk`: all of size ceil(n / shards) but the last ones.
 
+Backward of each is the forward of another, and of that one the first's again.
+So under `create_graph=True`, where autograd runs backward in grad mode, it
+calls that function. Otherwise it does not: a call takes longer than the rest.
+
 Collective, all of them, forward or backward: every process of `group`.
 """
 
@@ -93,6 +97,7 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, group):
+        ctx.group = group
         if x.is_contiguous():
             ctx.mark_dirty(x)
         else:
@@ -102,7 +107,10 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return whole_gradient(grad), None
+        grad = whole_gradient(grad)
+        if torch.is_grad_enabled():
+            grad = AllReduceGradient.apply(grad, ctx.group)
+        return grad, None
 
 
 class AllReduceGradient(torch.autograd.Function):
@@ -116,8 +124,11 @@ class AllReduceGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        grad = whole_gradient(grad)
+        if torch.is_grad_enabled():
+            return AllReduce.apply(grad.clone(), ctx.group), None
         # In place: what comes from our own products is nobody else's.
-        grad = whole_gradient(grad).contiguous()
+        grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
 
@@ -134,7 +145,11 @@ class AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = whole_gradient(grad)
-        return shard_of(grad, ctx.dim, ctx.group).contiguous(), *(None,) * 3
+        if torch.is_grad_enabled():
+            grad = Slice.apply(grad, ctx.dim, ctx.group)
+        else:
+            grad = shard_of(grad, ctx.dim, ctx.group).contiguous()
+        return grad, *(None,) * 3
 
 
 class AllGatherPartial(torch.autograd.Function):
@@ -149,7 +164,31 @@ class AllGatherPartial(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = whole_gradient(grad)
-        return reduce_scatter(grad, ctx.dim, ctx.group), *(None,) * 3
+        if torch.is_grad_enabled():
+            grad = ReduceScatter.apply(grad, ctx.dim, ctx.group)
+        else:
+            grad = reduce_scatter(grad, ctx.dim, ctx.group)
+        return grad, *(None,) * 3
+
+
+class ReduceScatter(torch.autograd.Function):
+    """Shards of the sum of partial results: reduce-scatter forward, all-gather
+    backward."""
+
+    @staticmethod
+    def forward(ctx, x, dim, group):
+        ctx.dim, ctx.size, ctx.group = dim, x.shape[dim], group
+        # Of the padded result: a new tensor, no view.
+        return reduce_scatter(x, dim, group).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = whole_gradient(grad)
+        if torch.is_grad_enabled():
+            grad = AllGatherPartial.apply(grad, ctx.dim, ctx.size, ctx.group)
+        else:
+            grad = all_gather(grad, ctx.dim, ctx.size, ctx.group)
+        return grad, None, None
 
 
 class ReduceScatter(torch.autograd.Function):
@@ -177,7 +216,11 @@ class Slice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = all_gather(grad.contiguous(), ctx.dim, ctx.size, ctx.group)
+        grad = whole_gradient(grad)
+        if torch.is_grad_enabled():
+            grad = AllGather.apply(grad, ctx.dim, ctx.size, ctx.group)
+        else:
+            grad = all_gather(grad, ctx.dim, ctx.size, ctx.group)
         return grad, None, None
 
 
@@ -200,6 +243,22 @@ class SumOverData(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = weighted(whole_gradient(grad), ctx.weight)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad / ctx.weight if ctx.weight else grad * 0, None, None
+        grad = whole_gradient(grad)
+        return MeanOfLosses.apply(grad, ctx.weight, ctx.group), None, None
+
+
+class MeanOfLosses(torch.autograd.Function):
+    """What backward of `SumOverData` gives: (sum of weight_i * x_i) / (our
+    weight). Backward: gradients of what is so divided add up unweighted."""
+
+    @staticmethod
+    def forward(ctx, x, weight, group):
+        ctx.weight, ctx.group = weight, group
+        x = weighted(x, weight).contiguous()
+        dist.all_reduce(x, group=group)
+        return x / weight if weight else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = whole_gradient(grad)
+        return SumOverData.apply(grad, ctx.weight, ctx.group), None, None

@@ -1,8 +1,11 @@
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import rows
 
 WORLD = 3
 # Even shards, uneven ones, a shard of nothing, and nothing at all.
@@ -199,3 +202,59 @@ def test_sum_over_data_of_a_shard_without_rows(on_threads):
     first, second = on_threads(2, run)
     torch.testing.assert_close(first, torch.ones(2))
     torch.testing.assert_close(second, torch.zeros(2))
+
+
+FUNCTIONS = {
+    "sum": lambda x, weight, context: collectives.SumOverData.apply(
+        x, weight, context.data_group
+    ),
+    "gather": lambda x, weight, context: rows.GatherForLoss.apply(x, context),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_over_data_can_be_differentiated(on_threads, name):
+    """Losses f_i of all rows, with weights w_i; then losses of h_j, the
+    gradient of all f_i for the rows of shard j, divided by w_j."""
+    counts, total = (3, 2, 0), 5
+    x = whole(total, 0)
+    factors = torch.tensor([1.0, 2.0, 3.0])
+
+    def first(everything, factor):
+        return factor * (everything.sum(0) ** 3 + everything.prod(0)).sum()
+
+    def second(h, factor):
+        return factor * (h**2).sum()
+
+    def run(rank):
+        context = types.SimpleNamespace(
+            data_size=3, data_index=rank, data_group=dist.group.WORLD
+        )
+        start = sum(counts[:rank])
+        ours = rows.Rows(counts[rank], total)
+        with rows.current_rows(ours):
+            # Where there are none, another's row.
+            start, stop = rows.with_a_row(start, start + counts[rank])
+            mine = x[start:stop].clone().requires_grad_()
+            if name == "sum":
+                padded = torch.zeros_like(x)
+                padded[start:stop] = mine
+                everything = FUNCTIONS[name](padded, ours.weight, context)
+            else:
+                everything = FUNCTIONS[name](mine, ours.weight, context)
+            loss = first(everything, factors[rank])
+            (h,) = torch.autograd.grad(loss, mine, create_graph=True)
+            (grad,) = torch.autograd.grad(second(h, factors[rank]), mine)
+        return collectives.weighted(grad, ours.weight)[: counts[rank]]
+
+    results = on_threads(3, run)
+
+    weights = torch.tensor(counts) / total
+    everything = x.clone().requires_grad_()
+    loss = first(everything, (weights * factors).sum())
+    (gradient,) = torch.autograd.grad(loss, everything, create_graph=True)
+    h = [part / w for part, w in zip(gradient.split(counts), weights)]
+    sum(
+        w * second(*pair) for w, *pair in zip(weights[:2], h, factors)
+    ).backward()
+    torch.testing.assert_close(torch.cat(results), everything.grad)

@@ -7,6 +7,7 @@ sum of exponentials and the logit of the target: three numbers for each row
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import sharded
@@ -85,6 +86,7 @@ class _CrossEntropy(torch.autograd.Function):
         return torch.where(valid, sums[0].log() - sums[1], 0.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         # d/dz_j = softmax_j - [j is the target]
         exponentials, total, index, ours, valid = ctx.saved_tensors

@@ -187,20 +187,20 @@ class GatherForLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, context):
-        ctx.context, ctx.shape = context, x.shape
+        ctx.context, ctx.rows = context, len(x)
         ctx.weight = get_current_rows().weight
-        ctx.start, ctx.stop = ranges(context)[context.data_index]
+        ctx.ours = ranges(context)[context.data_index]
         return gather(x, context)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = collectives.weighted(
-            collectives.whole_gradient(grad), ctx.weight
-        ).contiguous()
-        dist.all_reduce(grad, group=ctx.context.data_group)
-        if not ctx.weight:
-            return grad.new_zeros(ctx.shape), None
-        return grad[ctx.start : ctx.stop] / ctx.weight, None
+        grad = collectives.whole_gradient(grad)
+        grad = collectives.MeanOfLosses.apply(
+            grad, ctx.weight, ctx.context.data_group
+        )
+        # Without rows of ours it is zero, for what we computed on instead.
+        start, stop = ctx.ours if ctx.weight else (0, ctx.rows)
+        return grad[start:stop], None
 
 
 def counts(local, group):

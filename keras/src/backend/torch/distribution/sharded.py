@@ -121,15 +121,19 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # Under `create_graph=True`, in grad mode, each border is the other's
+        # gradient.
+        again = torch.is_grad_enabled()
         if not isinstance(grad, DTensor):
             # Plain tensors are whole: let every axis take its own part.
             replicate = (Replicate(),) * ctx.mesh.ndim
             if ctx.placements == replicate:
                 return grad, None, None, None
-            grad = wrap(grad, ctx.mesh, replicate, tuple(grad.shape))
+            enter = Enter.apply if again else wrap
+            grad = enter(grad, ctx.mesh, replicate, tuple(grad.shape))
         if tuple(grad.placements) != ctx.placements:
             grad = grad.redistribute(placements=ctx.placements)
-        return local_of(grad), None, None, None
+        return Leave.apply(grad) if again else local_of(grad), *(None,) * 3
 
 
 class Leave(torch.autograd.Function):
@@ -149,7 +153,8 @@ class Leave(torch.autograd.Function):
             if tuple(grad.placements) == ctx.placements:
                 return grad
             return grad.redistribute(placements=ctx.placements)
-        return wrap(grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape)
+        enter = Enter.apply if torch.is_grad_enabled() else wrap
+        return enter(grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape)
 
 
 def whole(x):

@@ -327,18 +327,10 @@ class Unshard(torch.autograd.Function):
         grad = collectives.whole_gradient(grad)
         placement = ctx.placements[context.data_axis]
         if placement.is_shard() and context.data_size > 1:
-            # A variable of a mixed policy is wider than what layers see of it:
-            # half precision is not added up in half precision.
-            dtype = torch.promote_types(grad.dtype, torch.float32)
-            grad = collectives.reduce_scatter(
-                collectives.weighted(grad.to(dtype), rows.weight(context)),
-                placement.dim,
-                context.data_group,
-            ).to(grad.dtype)
+            grad = _scattered(grad, placement.dim, context)
+        enter = sharded.Enter.apply if torch.is_grad_enabled() else sharded.wrap
         return (
-            sharded.wrap(
-                grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape
-            ),
+            enter(grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape),
             None,
         )
 
@@ -356,7 +348,8 @@ class Stored(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad = collectives.whole_gradient(grad).contiguous()
-        return sharded.wrap(grad, ctx.mesh, ctx.placements, ctx.shape)
+        enter = sharded.Enter.apply if torch.is_grad_enabled() else sharded.wrap
+        return enter(grad, ctx.mesh, ctx.placements, ctx.shape)
 
 
 class GatherOverData(torch.autograd.Function):
@@ -375,13 +368,36 @@ class GatherOverData(torch.autograd.Function):
         context = ctx.context
         grad = collectives.whole_gradient(grad)
         if context.data_size > 1:
-            dtype = torch.promote_types(grad.dtype, torch.float32)
-            grad = collectives.reduce_scatter(
-                collectives.weighted(grad.to(dtype), rows.weight(context)),
-                ctx.dim,
-                context.data_group,
-            ).to(grad.dtype)
+            grad = _scattered(grad, ctx.dim, context)
         return grad, None, None, None
+
+
+def _scattered(grad, dim, context):
+    """Our shard of the weighted mean of the data shards' gradients."""
+    # A variable of a mixed policy is wider than what layers see of it: half
+    # precision is not added up in half precision.
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    weight, group = rows.weight(context), context.data_group
+    if torch.is_grad_enabled():
+        return ScatterMean.apply(grad.to(dtype), dim, context).to(grad.dtype)
+    weighted = collectives.weighted(grad.to(dtype), weight)
+    return collectives.reduce_scatter(weighted, dim, group).to(grad.dtype)
+
+
+class ScatterMean(torch.autograd.Function):
+    """As `_scattered`, for `create_graph=True`. Backward is the gather: what
+    it gives on shard i is going to be weighted with weight_i."""
+
+    @staticmethod
+    def forward(ctx, grad, dim, context):
+        ctx.dim, ctx.context, ctx.size = dim, context, grad.shape[dim]
+        return _scattered(grad, dim, context).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = collectives.whole_gradient(grad)
+        grad = GatherOverData.apply(grad, ctx.dim, ctx.size, ctx.context)
+        return grad, None, None
 
 
 def log(path, value):
