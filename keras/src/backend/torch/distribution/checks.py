@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import process_group
+from keras.src.backend.torch.distribution import sharded
 
 CHECKED = "_keras_checked_for"
 
@@ -22,7 +23,7 @@ def check_once(model, context):
         return
     variables = model.trainable_variables + model.non_trainable_variables
     check_made_under(variables, context)
-    check_equal(variables)
+    check_equal(variables, _buffers_of(model))
     warn = getattr(context.distribution, "warn_of_unmatched_keys", None)
     if warn is not None and process_group.is_first():
         warn([v.path for v in variables])
@@ -47,13 +48,31 @@ def check_made_under(variables, context):
         )
 
 
-def check_equal(variables):
+def _buffers_of(model):
+    """What torch modules in a model keep beside their parameters, by name."""
+    # Not of the model at once: to torch, layers in a list are not part of it.
+    return {
+        f"{layer.path}/{name}": buffer
+        for layer in model._flatten_layers()
+        for name, buffer in layer.named_buffers()
+    }
+
+
+def check_equal(variables, buffers=None):
     """Compares names, shapes and values of variables over processes.
 
     Collective: every process calls it.
+
+    Args:
+        variables: list of variables.
+        buffers: dict from names to tensors.
     """
     mine = [
         (v.path, tuple(v.shape), v.dtype, _checksum_of(v)) for v in variables
+    ]
+    mine += [
+        (name, tuple(x.shape), str(x.dtype), checksum(sharded.whole(x)))
+        for name, x in (buffers or {}).items()
     ]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -3,6 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from keras.src import backend
@@ -113,11 +114,21 @@ def test_different_variables(fake_world, monkeypatch, change, what):
         checks.check_equal(variables())
 
 
+def test_different_buffers(fake_world, monkeypatch):
+    fake_world(WORLD)
+    buffers = {"norm/mean": torch.tensor([1.0, 2.0])}
+    with_process_1(monkeypatch, lambda mine: [*mine[:2], (*mine[2][:3], 4.0)])
+    with pytest.raises(ValueError, match="norm/mean .* 3.0 against .* 4.0"):
+        checks.check_equal(variables(), buffers)
+
+
 def test_checks_a_model_once_for_a_distribution(fake_world, monkeypatch):
     fake_world(WORLD)
     checked = []
     monkeypatch.setattr(
-        checks, "check_equal", lambda variables: checked.append(len(variables))
+        checks,
+        "check_equal",
+        lambda variables, buffers: checked.append(len(variables)),
     )
     with data_parallel().scope():
         model = make_model()
@@ -132,7 +143,7 @@ def test_checks_a_model_once_for_a_distribution(fake_world, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_unmatched_keys_warn_on_process_0(fake_world, monkeypatch, rank):
     fake_world(WORLD, rank)
-    monkeypatch.setattr(checks, "check_equal", lambda variables: None)
+    monkeypatch.setattr(checks, "check_equal", lambda *_: None)
     layout_map = LayoutMap(DeviceMesh((1, 2), ["batch", "model"], DEVICES))
     layout_map["kernel"] = (None, "model")
     with ModelParallel(layout_map=layout_map).scope():

@@ -1,0 +1,272 @@
+"""torch's batch norm, over the rows of the global batch.
+
+torch modules inside of a Keras model call `torch.nn.functional`; while one of
+them runs in a step, what looks at all rows there is caught and computed from
+the statistics of all data shards.
+
+With `w` the share of a shard in the rows, and its mean `m` and variance `v`:
+mean = sum(w m), variance = sum(w (v + (m - mean)^2)), which does not subtract
+large squares. The running variance is torch's, n / (n - 1) times that, of the
+global n.
+"""
+
+import contextlib
+import types
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.context import current
+
+NORMALIZATIONS = (
+    torch.nn.BatchNorm1d,
+    torch.nn.BatchNorm2d,
+    torch.nn.BatchNorm3d,
+    torch.nn.SyncBatchNorm,
+    torch.nn.InstanceNorm1d,
+    torch.nn.InstanceNorm2d,
+    torch.nn.InstanceNorm3d,
+)
+
+
+@contextlib.contextmanager
+def over_global_rows(module):
+    """Within it, batch norms of a torch module are of the global batch.
+
+    It changes nothing outside of steps, where nobody knows whether all
+    processes get here.
+
+    Collective along the data axis with each batch norm, forward and backward.
+    """
+    context = current()
+    if context is None or rows.get_current_rows() is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        # Torch's own synchronisation counts a row once for each process that
+        # has it, and lets no process have fewer rows.
+        for each in module.modules():
+            if isinstance(each, torch.nn.SyncBatchNorm):
+                stack.enter_context(_as_plain_batch_norm(each))
+        if context.data_size > 1 and _may_look_at_all_rows(module):
+            stack.enter_context(_OverGlobalRows(context))
+        yield
+
+
+@contextlib.contextmanager
+def _as_plain_batch_norm(module):
+    module.forward = types.MethodType(torch.nn.BatchNorm1d.forward, module)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _may_look_at_all_rows(module):
+    # To watch each torch function takes time; a module of somebody's own that
+    # normalizes keeps running statistics.
+    return any(isinstance(m, NORMALIZATIONS) for m in module.modules()) or any(
+        True for _ in module.buffers()
+    )
+
+
+class _OverGlobalRows(TorchFunctionMode):
+    def __init__(self, context):
+        super().__init__()
+        self.context = context
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return batch_norm(self.context, *args, **kwargs)
+        if func is torch.batch_norm:
+            return _native_batch_norm(self.context, *args, **kwargs)
+        if func is F.instance_norm:
+            return instance_norm(self.context, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def batch_norm(
+    context,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    """As torch's, of the global batch if it is one of statistics.
+
+    Collective along the data axis if `training`, forward and backward: every
+    process of it calls it in a step.
+    """
+    if not training or input.device.type == "meta":
+        return F.batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+        )
+    x = sharded.whole(input)
+    size = x.numel() // max(x.shape[1], 1)
+    now = rows.get_current_rows()
+    count = size // max(now.local, 1) * now.total
+    if count <= 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got "
+            f"{count} in the global batch. Received: input of shape "
+            f"{tuple(x.shape)}"
+        )
+    mean, variance = _statistics(x, now.weight, context)
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        if running_var is not None:
+            unbiased = variance * (count / (count - 1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    return _BatchNorm.apply(
+        x,
+        sharded.whole(weight),
+        sharded.whole(bias),
+        mean,
+        variance,
+        eps,
+        now.weight,
+        context.data_group,
+    )
+
+
+def _native_batch_norm(
+    context,
+    input,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    training,
+    momentum,
+    eps,
+    cudnn_enabled,
+):
+    return batch_norm(
+        context,
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+    )
+
+
+def instance_norm(
+    context, input, running_mean=None, running_var=None, *args, **kwargs
+):
+    """As torch's; running statistics are means over the global rows.
+
+    Collective along the data axis if they are written: every process of it
+    calls it in a step.
+    """
+    kept = [x for x in (running_mean, running_var) if x is not None]
+    before = [x._version for x in kept]
+    output = F.instance_norm(input, running_mean, running_var, *args, **kwargs)
+    if [x._version for x in kept] == before or input.device.type == "meta":
+        return output
+    with torch.no_grad():
+        parts = torch.cat([x.flatten() for x in kept])
+        parts = collectives.weighted(parts, rows.weight(context))
+        dist.all_reduce(parts, group=context.data_group)
+        for x, part in zip(kept, parts.split([x.numel() for x in kept])):
+            x.copy_(part.view_as(x))
+    return output
+
+
+def _statistics(x, weight, context):
+    """Mean and (biased) variance of each channel in the global batch."""
+    with torch.no_grad():
+        x = _wide(x)
+        variance, mean = torch.var_mean(x, _dims(x), correction=0)
+        share = torch.full_like(mean[:1], weight)
+        ours = torch.cat([mean, variance, share])
+        # What we computed on is not ours to count if we have no rows.
+        ours = ours if weight else torch.zeros_like(ours)
+        shards = ours.new_empty((context.data_size, *ours.shape))
+        dist.all_gather_single(shards.flatten(), ours, group=context.data_group)
+        means, variances, shares = shards.split(
+            [x.shape[1], x.shape[1], 1], dim=1
+        )
+        mean = (shares * means).sum(0)
+        variance = (shares * (variances + (means - mean).square())).sum(0)
+    return mean, variance
+
+
+class _BatchNorm(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias.
+
+    A gradient on a shard is that of the shard's own loss, which counts with
+    its share `w` of the rows. With the sums over all shards of w dy and of
+    w dy y, y before weight and bias, and n values of a channel here:
+
+        dx = weight / std * (dy - (sum(w dy) + y sum(w dy y)) / n)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, variance, eps, share, group):
+        ctx.share, ctx.group = share, group
+        ctx.dtype_of_bias = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
+        wide = _wide(x)
+        weight, bias = [
+            None if p is None else p.to(wide.dtype) for p in (weight, bias)
+        ]
+        y = F.batch_norm(wide, mean, variance, weight, bias, False, 0.0, eps)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, mean, inverse = ctx.saved_tensors
+        grad = collectives.whole_gradient(grad)
+        dims, shape = _dims(x), (1, -1) + (1,) * (x.ndim - 2)
+        y = (_wide(x) - mean.view(shape)) * inverse.view(shape)
+        dy = grad.to(y.dtype)
+        sums = torch.stack([dy.sum(dims), (dy * y).sum(dims)])
+        grads = [None] * 8
+        if weight is not None:
+            grads[1] = sums[1].to(weight.dtype)
+            inverse = inverse * weight.to(inverse.dtype)
+        if ctx.dtype_of_bias is not None:
+            grads[2] = sums[0].to(ctx.dtype_of_bias)
+        if ctx.needs_input_grad[0]:
+            sums = collectives.weighted(sums, ctx.share)
+            dist.all_reduce(sums, group=ctx.group)
+            grads[0] = torch.zeros_like(x)
+            if ctx.share:
+                size = x.numel() // x.shape[1]
+                first, second = [s.view(shape) / size for s in sums]
+                dx = inverse.view(shape) * (dy - first - y * second)
+                grads[0] = dx.to(x.dtype)
+        return tuple(grads)
+
+
+def _dims(x):
+    return [dim for dim in range(x.ndim) if dim != 1]
+
+
+def _wide(x):
+    # Half precision is not added up in half precision.
+    return x.to(torch.promote_types(x.dtype, torch.float32))
