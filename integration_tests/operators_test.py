@@ -257,3 +257,29 @@ def test_functions_of_shards(dim):
         except AssertionError as error:
             wrong.append(f"{name}: {error}")
     assert not wrong
+
+
+@pytest.mark.world(4)
+@pytest.mark.parametrize("axes", [("model", "extra"), ("extra", "model")])
+def test_views_of_a_dim_that_two_axes_cut(axes):
+    """Found by the catalogue: torch 2.13 cannot undo them in backward."""
+
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((3, 5)),
+                keras.layers.Dense(4, name="cut"),
+                keras.layers.Reshape((2, 6)),
+                keras.layers.Dense(4, name="cut_too"),
+                keras.layers.Flatten(),
+                keras.layers.Dense(2),
+            ]
+        )
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 3, 5)).astype("float32")
+    y = rng.standard_normal((5, 2)).astype("float32")
+    layouts = {".*cut.*/kernel": (None, axes), ".*cut.*/bias": (axes,)}
+    names = ("batch", "model", "extra")
+    distribution = parity.model_parallel((1, 2, 2), layouts, names)
+    parity.assert_parity(make_model, x, y, distribution)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Replicate
 from torch.overrides import TorchFunctionMode
 
 from keras.src import tree
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.modes import modes
 
@@ -76,6 +77,9 @@ SHARDED = frozenset(
     """.split()
 )
 
+
+# Of a dim that several axes cut, torch 2.13 lacks their gradient.
+VIEWS = frozenset("flatten reshape unflatten view".split())
 
 # What DTensor raises where a rule is missing or does not fit. Not more: a
 # checkpoint ends its recomputation by an exception of its own.
@@ -215,12 +219,14 @@ def _is_of_one_tensor(args, kwargs):
 def _can_be_sharded(func, args, kwargs):
     if _is_in_place(func) and not isinstance(args[0], DTensor):
         return False
+    shards = [x for x in tree.flatten((args, kwargs)) if isinstance(x, DTensor)]
+    if func.__name__ in VIEWS and any(
+        cuts.has_several_on_a_dim(x.placements) for x in shards
+    ):
+        return False
     # What fails on one of several unlike shards fails on that process alone,
     # and the others would wait for it.
-    return not any(
-        isinstance(x, DTensor) and sharded.has_unlike_shards(x)
-        for x in tree.flatten((args, kwargs))
-    )
+    return not any(map(sharded.has_unlike_shards, shards))
 
 
 def _map(function, structure):
