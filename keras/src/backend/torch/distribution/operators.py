@@ -78,8 +78,11 @@ SHARDED = frozenset(
 )
 
 
-# Of a dim that several axes cut, torch 2.13 lacks their gradient.
-VIEWS = frozenset("flatten reshape unflatten view".split())
+# They are views, or made of views. Of a dim that several axes cut, torch 2.13
+# lacks the gradient of a view.
+OF_VIEWS = frozenset(
+    "__matmul__ einsum flatten linear matmul reshape unflatten view".split()
+)
 
 # What DTensor raises where a rule is missing or does not fit. Not more: a
 # checkpoint ends its recomputation by an exception of its own.
@@ -220,7 +223,7 @@ def _can_be_sharded(func, args, kwargs):
     if _is_in_place(func) and not isinstance(args[0], DTensor):
         return False
     shards = [x for x in tree.flatten((args, kwargs)) if isinstance(x, DTensor)]
-    if func.__name__ in VIEWS and any(
+    if func.__name__ in OF_VIEWS and any(
         cuts.has_several_on_a_dim(x.placements) for x in shards
     ):
         return False
