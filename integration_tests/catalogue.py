@@ -25,6 +25,8 @@ class Case:
             for one of its first dim, None for none.
         random: whether it draws numbers for rows: then data shards differ by
             design, and only model axes are tried.
+        of_all_rows: whether what it gives for a row is of all rows that it is
+            handed: then, too, only model axes are tried.
         function: of the layer and the inputs, gives the outputs.
         tolerance: relative difference that rounding explains.
         **kwargs: arguments of the call; arrays have rows.
@@ -36,17 +38,20 @@ class Case:
         *shapes,
         front="last",
         random=False,
+        of_all_rows=False,
         function=None,
         tolerance=1e-5,
         **kwargs,
     ):
         self.make, self.shapes, self.front = make, shapes, front
-        self.random, self.function = random, function
+        self.random, self.of_all_rows = random, of_all_rows
+        self.function = function
         self.tolerance, self.kwargs = tolerance, kwargs
 
     @property
-    def is_image(self):
-        return self.shapes[0] is IMAGE
+    def has_data_shards(self):
+        """Whether data shards give what one device gives."""
+        return not (self.random or self.of_all_rows)
 
     def call(self, layer, rows, *inputs):
         if self.function is not None:
@@ -68,15 +73,16 @@ class Case:
             for shape in self.shapes
         ]
 
-    def make_front(self, x):
+    def make_front(self, x, name):
         if self.front is None or x.dtype.kind != "f":
             return None
         if self.front == "last":
-            return layers.Dense(x.shape[-1])
+            return layers.Dense(x.shape[-1], name=name)
         letters = "bhwc"[: x.ndim]
         return layers.EinsumDense(
             f"{letters},hg->{letters.replace('h', 'g')}",
             (x.shape[1], *x.shape[2:]),
+            name=name,
         )
 
 
@@ -453,7 +459,8 @@ CASES = {
             tile_grid_size=(2, 2)
         )
     ),
-    "Equalization": image(lambda: layers.Equalization()),
+    # Keras takes one histogram of all images.
+    "Equalization": image(lambda: layers.Equalization(), of_all_rows=True),
     "Solarization": random_image(lambda: layers.Solarization(0.1, 0.2)),
     **{
         f"Random{name}": random_image(

@@ -7,6 +7,7 @@ weights and outputs after an SGD step.
 import contextlib
 import functools
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -17,54 +18,62 @@ from integration_tests import catalogue
 from integration_tests import parity
 from keras.src import tree
 
-AXES = ("batch", "model", "extra")
-
-
-def last(shape):
-    return (None,) * (len(shape) - 1) + ("model",)
-
-
-def first(shape):
-    return ("model",) + (None,) * (len(shape) - 1)
-
-
-def largest(*names):
-    """The largest dim over the first axis, the next over the second."""
-
-    def rule(shape):
-        order = sorted(range(len(shape)), key=lambda i: -shape[i])
-        axes = [None] * len(shape)
-        for dim, name in zip(order, names):
-            axes[dim] = name
-        return tuple(axes)
-
-    return rule
-
-
-def one_dim(*names):
-    """The first dim over two axes."""
-    return lambda shape: (names,) + (None,) * (len(shape) - 1)
-
-
-# By the number of processes: the mesh, and the layouts of the variables.
-LAYOUTS = {
-    2: {
-        "last": ((1, 2), last),
-        "first": ((1, 2), first),
-        "data": ((2, 1), largest("batch")),
-        "one dim": ((2, 1), one_dim("model", "batch")),
-    },
-    4: {
-        "last": ((1, 4), last),
-        "both": ((2, 2), largest("model", "batch")),
-        "one dim": ((2, 2), one_dim("model", "batch")),
-        "one dim, data first": ((2, 2), one_dim("batch", "model")),
-        "three": ((1, 2, 2), largest("model", "extra")),
-        "one dim of three": ((1, 2, 2), one_dim("extra", "model")),
-    },
+# By the number of processes: the sizes of the axes of each mesh, and the two
+# of them that cut. Batches are split over `batch`.
+MESHES = {
+    2: [
+        ({"batch": 1, "model": 2}, ("batch", "model")),
+        ({"batch": 2, "model": 1}, ("model", "batch")),
+    ],
+    4: [
+        ({"batch": 2, "model": 2}, ("batch", "model")),
+        ({"batch": 1, "model": 4}, ("batch", "model")),
+        ({"batch": 1, "model": 2, "extra": 2}, ("extra", "model")),
+    ],
 }
-# Where no variable is the layer's own, its input alone matters.
-OF_INPUT = {2: ("last",), 4: ("last",)}
+
+
+def last(shape, axis):
+    return (None,) * (len(shape) - 1) + (axis,)
+
+
+def first(shape, axis):
+    return (axis,) + (None,) * (len(shape) - 1)
+
+
+def largest(shape, *pair):
+    """The largest dim over the first axis, the next over the second."""
+    order = sorted(range(len(shape)), key=lambda i: -shape[i])
+    axes = [None] * len(shape)
+    for dim, axis in zip(order, pair):
+        axes[dim] = axis
+    return tuple(axes)
+
+
+def one_dim(shape, *pair):
+    """The first dim over two axes."""
+    return (pair,) + (None,) * (len(shape) - 1)
+
+
+def rules(one, two):
+    """`{name: function of a shape}`: all ways that two axes are used."""
+    return {
+        f"{rule.__name__} over {' and '.join(axes)}": functools.partial(
+            call_rule, rule, axes
+        )
+        for rule, choices in {
+            last: [(two,)],
+            first: [(two,)],
+            largest: [(one, two), (two, one)],
+            one_dim: [(one, two), (two, one)],
+        }.items()
+        for axes in choices
+    }
+
+
+def call_rule(rule, axes, shape):
+    return rule(shape, *axes)
+
 
 CASES = catalogue.cases()
 
@@ -111,17 +120,19 @@ def run(case, distribution=None):
         if pairs:
             optimizer = keras.optimizers.SGD(0.1)
             optimizer.apply(*map(list, zip(*pairs)))
-        with torch.no_grad():
-            after = program(inputs)
         local = {
             "outputs": [x.detach().numpy() for x in y],
-            "outputs after": [x.numpy() for x in after],
             "inputs": [
                 x.grad.numpy() / shards
                 for x in inputs
                 if getattr(x, "grad", None) is not None
             ],
         }
+        if not all(is_of_front(v.path) for v in program.variables):
+            # What the step changed is what the layer computes with.
+            with torch.no_grad():
+                after = program(inputs)
+            local["outputs after"] = [x.numpy() for x in after]
         whole = {
             "gradients": gradients,
             "weights": {v.path: np.asarray(v) for v in program.variables},
@@ -135,7 +146,10 @@ class Program(keras.layers.Layer):
     def __init__(self, case, rows):
         super().__init__(name="program")
         self.case, self.rows = case, rows
-        self.fronts = [case.make_front(x) for x in case.inputs()]
+        self.fronts = [
+            case.make_front(x, f"front_{i}")
+            for i, x in enumerate(case.inputs())
+        ]
         self.layer = case.make()
         self.built = True
 
@@ -148,18 +162,80 @@ class Program(keras.layers.Layer):
 
 @functools.cache
 def reference(name):
-    return run(CASES[name])
+    return parity.on_one_device(functools.partial(run, CASES[name]))
 
 
-def check(name, shape, rule):
-    local, whole, _ = reference(name)
-    layouts = {
-        re.escape(path): rule(value.shape)
+def variables_of(name):
+    """`{path: shape}` of what layouts can shard."""
+    _, whole, _ = reference(name)
+    return {
+        path: value.shape
         for path, value in whole["weights"].items()
         if value.dtype.kind == "f" and value.ndim
     }
-    axes = AXES[: len(shape)]
-    distribution = parity.model_parallel(shape, layouts, axes)
+
+
+def layouts_of(name, world_size):
+    """All layouts of all meshes that differ for a case, with their names.
+
+    Yields:
+        Tuples of a name, the sizes of the mesh axes, and
+        `{path: axes of the dims}`.
+    """
+    variables = variables_of(name)
+    has_own = not all(map(is_of_front, variables))
+    for sizes, pair in MESHES[world_size]:
+        if sizes["batch"] > 1 and not CASES[name].has_data_shards:
+            continue
+        seen = set()
+        for label, rule in rules(*pair).items():
+            layouts = {
+                path: without_ones(rule(shape), sizes)
+                for path, shape in variables.items()
+            }
+            what_differs = frozenset(layouts.items())
+            if not has_own:
+                what_differs = frozenset(map(handed_on, layouts.values()))
+            if what_differs not in seen:
+                seen.add(what_differs)
+                yield f"{label} of {sizes}", sizes, layouts
+
+
+def without_ones(axes, sizes):
+    """A layout without axes of size 1, which cut nothing.
+
+    What is equal without them is tried once. So on (1, 2), (2, 1) and (1, 4)
+    one dim over two axes is that dim over one, and the largest two dims are
+    one of them: of a kernel with two dims, the first or the last.
+    """
+    result = []
+    for names in axes:
+        names = (names,) if isinstance(names, str) else names or ()
+        names = tuple(name for name in names if sizes[name] > 1)
+        result.append(names[0] if len(names) == 1 else names or None)
+    return tuple(result)
+
+
+def handed_on(axes):
+    """The axes that cut a front's result, by the layout of its kernel.
+
+    All that a layer without variables sees: kernels that differ in how they
+    are cut along other dims, or over the data axis, hand it the same.
+    """
+    names = (axes[-1],) if isinstance(axes[-1], str) else axes[-1] or ()
+    return tuple(name for name in names if name != "batch")
+
+
+def is_of_front(path):
+    return path.startswith("program/front_")
+
+
+def check(name, sizes, layouts):
+    local, whole, _ = reference(name)
+    layouts = {re.escape(path): axes for path, axes in layouts.items()}
+    distribution = parity.model_parallel(
+        tuple(sizes.values()), layouts, tuple(sizes)
+    )
     actual_local, actual, ours = run(CASES[name], distribution)
     expected = tree.map_structure(lambda x: x[ours], local)
     tolerance = CASES[name].tolerance
@@ -167,42 +243,39 @@ def check(name, shape, rule):
     parity.assert_same(actual, whole, tolerance)
 
 
-def layouts_of(name, world_size):
-    """The layouts that a case is tried under."""
-    layouts = LAYOUTS[world_size]
-    _, whole, _ = reference(name)
-    if CASES[name].random:
-        layouts = {n: v for n, v in layouts.items() if v[0][0] == 1}
-    if not any(not is_of_front(path) for path in whole["weights"]):
-        layouts = {n: layouts[n] for n in OF_INPUT[world_size]}
-    return layouts
-
-
-def is_of_front(path):
-    return re.match(r"program/(dense|einsum_dense)(_\d+)?/", path) is not None
-
-
-def check_all(name, world_size):
-    for label, (shape, rule) in layouts_of(name, world_size).items():
+@pytest.mark.world(2, 4)
+@pytest.mark.parametrize("name", CASES)
+def test_layer(name, world_size):
+    for label, sizes, layouts in layouts_of(name, world_size):
         try:
-            check(name, shape, rule)
+            check(name, sizes, layouts)
         except Exception as error:
-            error.add_note(f"Under the layout '{label}' of the mesh {shape}.")
+            error.add_note(f"Under the layout '{label}'.")
             raise
 
 
-@pytest.mark.world(2)
-@pytest.mark.parametrize("name", CASES)
-def test_layer(name):
-    check_all(name, 2)
-
-
-@pytest.mark.world(4)
-@pytest.mark.parametrize(
-    "name", [name for name in CASES if not CASES[name].is_image]
-)
-def test_layer_on_two_axes(name):
-    check_all(name, 4)
+def test_layouts_are_complete(monkeypatch):
+    """What the rules of this file come to, counted by hand."""
+    kernels = {"program/front_0/kernel": (4, 6), "program/own/kernel": (6, 8)}
+    monkeypatch.setattr(
+        sys.modules[__name__], "variables_of", lambda _: kernels
+    )
+    count = lambda size: [
+        sum(each is sizes for _, each, _ in layouts_of("Dense-1", size))
+        for sizes, _ in MESHES[size]
+    ]
+    # First and last.
+    assert count(2) == [2, 2]
+    # And the largest two, and one dim, in both orders.
+    assert count(4) == [6, 2, 6]
+    # The second largest dim of three is neither the first nor the last.
+    kernels["program/own/kernel"] = (6, 8, 7)
+    assert count(2) == [4, 4]
+    assert count(4) == [6, 4, 6]
+    # Of a front the input is whole, or cut over an axis.
+    del kernels["program/own/kernel"]
+    assert count(2) == [2, 1]
+    assert count(4) == [2, 2, 3]
 
 
 def test_no_layer_is_forgotten():

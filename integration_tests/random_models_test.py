@@ -1,37 +1,20 @@
 """Small models, layouts and meshes, drawn at random, against one device.
 
-All processes draw the same examples: `derandomize` seeds by the test itself.
-What was found is kept in `FOUND`.
+Each number is one example, the same on all processes and in every run. What
+was found is kept in `FOUND`.
 """
 
 import re
 
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis import strategies
 
 import keras
+from integration_tests import catalogue
 from integration_tests import parity
 from keras import layers
 
 ROWS = 5
-BLOCKS = (
-    "attention",
-    "batch_norm",
-    "concatenate",
-    "conv",
-    "dense",
-    "embedding",
-    "gru",
-    "norm",
-    "permute",
-    "pool",
-    "residual",
-    "rms_norm",
-    "separable",
-    "softmax",
-)
 MESHES = {
     2: [((1, 2), ("batch", "model")), ((2, 1), ("batch", "model"))],
     4: [
@@ -42,57 +25,115 @@ MESHES = {
         ((1, 2, 2), ("batch", "model", "extra")),
     ],
 }
+# How many are drawn for each number of processes.
+EXAMPLES = {2: 220, 4: 90}
 
 
-def example(world_size):
+def example(world_size, number):
     """Length and width of the input, blocks, a mesh, a seed of the layouts."""
-    size = strategies.integers(1, 9)
-    return strategies.tuples(
-        strategies.integers(2, 6),
-        strategies.integers(2, 8),
-        strategies.lists(
-            strategies.tuples(strategies.sampled_from(BLOCKS), size),
-            min_size=1,
-            max_size=4,
-        ),
-        strategies.sampled_from(MESHES[world_size]),
-        strategies.integers(0, 1000),
-    )
+    rng = np.random.default_rng((world_size, number))
+    length, width = int(rng.integers(2, 7)), int(rng.integers(2, 9))
+    blocks = [
+        (str(rng.choice(list(BLOCKS))), int(rng.integers(1, 10)))
+        for _ in range(rng.integers(1, 5))
+    ]
+    mesh = MESHES[world_size][rng.integers(len(MESHES[world_size]))]
+    return length, width, blocks, mesh, int(rng.integers(1000))
 
 
-def add(x, kind, n):
-    """A block of kind `kind` and size `n` on `(rows, length, width)`."""
+def concatenate(x, n):
+    return layers.Concatenate()([x, layers.Dense(n, "tanh")(x)])
+
+
+def conv_of_images(x, n):
+    """The length and the width as an image of one channel."""
+    _, length, width = x.shape
+    x = layers.Reshape((length, width, 1))(x)
+    channels = 1 + n % 3
+    x = layers.Conv2D(channels, (2, 1 + n % 2), padding="same")(x)
+    return layers.Reshape((length, width * channels))(x)
+
+
+def embedding(x, n):
+    """Of positions that numbers fall into; no gradient goes through."""
+    positions = keras.ops.cast(keras.ops.abs(x[..., 0]) * 3, "int32") % n
+    return layers.Embedding(n, x.shape[-1])(positions)
+
+
+def grouped(x, n):
+    groups = 1 + n % 2
+    return layers.GroupQueryAttention(1 + n // 4, 2 * groups, groups)(x, x)
+
+
+def heads(x, n):
+    """Two dims out of one, and back into one."""
+    length = x.shape[1]
+    x = layers.EinsumDense("abc,cde->abde", (length, 2, n), bias_axes="de")(x)
+    return layers.EinsumDense("abde,dec->abc", (length, 4), bias_axes="c")(x)
+
+
+def multiply(x, n):
     width = x.shape[-1]
-    if kind == "attention":
-        return layers.MultiHeadAttention(1 + n % 4, 1 + n // 4)(x, x)
-    if kind == "batch_norm":
-        return layers.BatchNormalization()(x)
-    if kind == "concatenate":
-        return layers.Concatenate()([x, layers.Dense(n, "tanh")(x)])
-    if kind == "conv":
-        return layers.Conv1D(n, 1 + n % 3, padding="same")(x)
-    if kind == "dense":
-        return layers.Dense(n, "gelu")(x)
-    if kind == "embedding":
-        # Of positions that numbers fall into; no gradient goes through.
-        positions = keras.ops.cast(keras.ops.abs(x[..., 0]) * 3, "int32") % n
-        return layers.Embedding(n, width)(positions)
-    if kind == "gru":
-        return layers.GRU(n, return_sequences=True)(x)
-    if kind == "norm":
-        return layers.LayerNormalization()(x)
-    if kind == "permute":
-        return layers.Permute((2, 1))(x)
-    if kind == "pool":
-        return layers.MaxPooling1D(2, strides=1, padding="same")(x)
-    if kind == "residual":
-        y = layers.Dense(n, "relu")(x)
-        return x + layers.Dense(width)(y)
-    if kind == "rms_norm":
-        return layers.RMSNormalization()(x)
-    if kind == "separable":
-        return layers.SeparableConv1D(n, 2, padding="same")(x)
-    return layers.Softmax()(x)
+    gate = layers.Dense(width, "sigmoid")(layers.Dense(n)(x))
+    return layers.Multiply()([x, gate])
+
+
+def residual(x, n):
+    y = layers.Dense(n, "relu")(x)
+    return x + layers.Dense(x.shape[-1])(y)
+
+
+def shared(x, n):
+    """One layer, called twice."""
+    width = x.shape[-1]
+    up, down = layers.Dense(n, "tanh"), layers.Dense(width)
+    return layers.Average()([x, down(up(down(up(x))))])
+
+
+def tied(x, n):
+    """A table that looks up, and that scores what follows."""
+    table = layers.ReversibleEmbedding(n, x.shape[-1])
+    positions = keras.ops.cast(keras.ops.abs(x[..., 0]) * 3, "int32") % n
+    return table(layers.Add()([x, table(positions)]), reverse=True)
+
+
+# Functions of `(rows, length, width)` and a number from 1 to 9.
+BLOCKS = {
+    "attention": lambda x, n: layers.MultiHeadAttention(1 + n % 4, 1 + n // 4)(
+        x, x
+    ),
+    "batch_norm": lambda x, n: layers.BatchNormalization()(x),
+    "bidirectional": lambda x, n: layers.Bidirectional(
+        layers.LSTM(1 + n // 2, return_sequences=True)
+    )(x),
+    "concatenate": concatenate,
+    "conv": lambda x, n: layers.Conv1D(n, 1 + n % 3, padding="same")(x),
+    "conv_of_images": conv_of_images,
+    "conv_transpose": lambda x, n: layers.Conv1DTranspose(n, 2, padding="same")(
+        x
+    ),
+    "dense": lambda x, n: layers.Dense(n, "gelu")(x),
+    "embedding": embedding,
+    "group_norm": lambda x, n: layers.GroupNormalization(1)(x),
+    "grouped": grouped,
+    "gru": lambda x, n: layers.GRU(n, return_sequences=True)(x),
+    "heads": heads,
+    "multiply": multiply,
+    "norm": lambda x, n: layers.LayerNormalization()(x),
+    "permute": lambda x, n: layers.Permute((2, 1))(x),
+    "pool": lambda x, n: layers.MaxPooling1D(2, strides=1, padding="same")(x),
+    "prelu": lambda x, n: layers.PReLU()(x),
+    "raw": lambda x, n: catalogue.Raw()(x),
+    "residual": residual,
+    "rms_norm": lambda x, n: layers.RMSNormalization()(x),
+    "separable": lambda x, n: layers.SeparableConv1D(n, 2, padding="same")(x),
+    "shared": shared,
+    "softmax": lambda x, n: layers.Softmax()(x),
+    "tied": tied,
+    "time_distributed": lambda x, n: layers.TimeDistributed(
+        layers.Dense(n, "relu")
+    )(x),
+}
 
 
 def layouts_of(weights, names, seed):
@@ -116,7 +157,7 @@ def check(length, width, blocks, mesh, seed):
     def make_model():
         inputs = x = keras.Input((length, width))
         for kind, n in blocks:
-            x = add(x, kind, n)
+            x = BLOCKS[kind](x, n)
         return keras.Model(inputs, x)
 
     rng = np.random.default_rng(0)
@@ -128,8 +169,9 @@ def check(length, width, blocks, mesh, seed):
     layouts = layouts_of(expected["weights"], names, seed)
     distribution = parity.model_parallel(shape, layouts, names)
     actual = parity.train(make_model, x, y, distribution=distribution)
-    # Two steps through normalisations of few numbers.
-    parity.assert_same(actual, expected, 1e-4)
+    # Two steps through normalisations of few numbers. A gradient that is zero
+    # but for rounding, as of a bias before a normalisation, is rounding.
+    parity.assert_same(actual, expected, 3e-4)
 
 
 # Found once: a bias that one axis cut before another had been gathered.
@@ -142,7 +184,6 @@ FOUND = [
         185,
     ),
 ]
-EXAMPLES = {2: 80, 4: 30}
 
 
 @pytest.mark.world(4)
@@ -151,23 +192,22 @@ def test_models_that_failed_once(number):
     check(*FOUND[number])
 
 
-@pytest.mark.world(2, 4)
-@pytest.mark.limit(300)
-def test_random_models(world_size):
-    @hypothesis.settings(
-        max_examples=EXAMPLES[world_size],
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(example(world_size))
-    def run(drawn):
-        try:
-            check(*drawn)
-        except Exception as error:
-            error.add_note(f"The example: {drawn}")
-            raise
+@pytest.mark.world(2)
+@pytest.mark.parametrize("number", range(EXAMPLES[2]))
+def test_on_two_processes(number):
+    check_example(2, number)
 
-    run()
+
+@pytest.mark.world(4)
+@pytest.mark.parametrize("number", range(EXAMPLES[4]))
+def test_on_four_processes(number):
+    check_example(4, number)
+
+
+def check_example(world_size, number):
+    drawn = example(world_size, number)
+    try:
+        check(*drawn)
+    except Exception as error:
+        error.add_note(f"The example: {drawn}")
+        raise
