@@ -89,7 +89,10 @@ def reduce_scatter(x, dim, group):
     result = x.new_empty((x.shape[0] // shards, *x.shape[1:]))
     dist.reduce_scatter_single(result, x, group=group)
     start, stop = shard_range(size, shards, dist.get_rank(group))
-    return result.narrow(dim, 0, stop - start)
+    if result.shape[dim] == stop - start:
+        return result
+    # A new tensor, no view: somebody may write into it.
+    return result.narrow(dim, 0, stop - start).clone()
 
 
 class AllReduce(torch.autograd.Function):
@@ -178,8 +181,7 @@ class ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, group):
         ctx.dim, ctx.size, ctx.group = dim, x.shape[dim], group
-        # Of the padded result: a new tensor, no view.
-        return reduce_scatter(x, dim, group).clone()
+        return reduce_scatter(x, dim, group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -189,21 +191,6 @@ class ReduceScatter(torch.autograd.Function):
         else:
             grad = all_gather(grad, ctx.dim, ctx.size, ctx.group)
         return grad, None, None
-
-
-class ReduceScatter(torch.autograd.Function):
-    """Our shard of the sum of partial results: reduce-scatter forward,
-    all-gather backward."""
-
-    @staticmethod
-    def forward(ctx, x, dim, group):
-        ctx.dim, ctx.size, ctx.group = dim, x.shape[dim], group
-        return reduce_scatter(x, dim, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = whole_gradient(grad).contiguous()
-        return all_gather(grad, ctx.dim, ctx.size, ctx.group), None, None
 
 
 class Slice(torch.autograd.Function):
