@@ -12,6 +12,15 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras  # noqa: E402, F401
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--differences",
+        action="store_true",
+        help="print how far each integration test's numbers are from those of "
+        "one device, at most",
+    )
+
+
 def pytest_configure(config):
     # Without this tree underneath, tests would judge released Keras, or
     # another checkout.

@@ -10,9 +10,11 @@ import pathlib
 
 import pytest
 
+from integration_tests import process
 from integration_tests import worlds
 
 HERE = pathlib.Path(__file__).parent
+DIFFERENCE = "difference from one device"
 IS_PROCESS = "WORLD_SIZE" in os.environ
 
 # Failing asserts in shared helpers show their values, as those in tests do.
@@ -80,6 +82,35 @@ def pytest_collection_modifyitems(items):
         else:
             continue
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def difference(request):
+    """Reports the largest difference from one device that a case met."""
+    if worlds.world_of(request.node) is None or process.BARE:
+        yield
+        return
+    from integration_tests import parity
+
+    parity.largest_difference()
+    yield
+    largest = parity.largest_difference()
+    request.node.user_properties.append((DIFFERENCE, largest))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("differences"):
+        return
+    largest = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == DIFFERENCE:
+                    file = report.nodeid.partition("::")[0]
+                    largest[file] = max(largest.get(file, 0.0), value)
+    terminalreporter.section("largest relative differences from one device")
+    for file, value in sorted(largest.items()):
+        terminalreporter.line(f"{value:.1e}  {file}")
 
 
 @pytest.fixture

@@ -146,6 +146,15 @@ def train_here(
     }
 
 
+_largest = [0.0]
+
+
+def largest_difference():
+    """The largest that `assert_same` has met since it was asked last."""
+    largest, _largest[0] = _largest[0], 0.0
+    return largest
+
+
 def assert_same(actual, expected, tolerance=1e-5):
     """Compares nested results, relative to the largest value of each array."""
     tree.assert_same_structure(actual, expected)
@@ -160,6 +169,7 @@ def assert_same(actual, expected, tolerance=1e-5):
             continue
         scale = max(1e-2, float(np.abs(want).max()))
         worst = float(np.abs(want - got).max()) / scale
+        _largest[0] = max(_largest[0], worst)
         assert worst <= tolerance, f"{path}: differs by {worst:.1e} (relative)"
 
 

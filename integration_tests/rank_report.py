@@ -84,6 +84,7 @@ def merge_phase(reports):
 
     report = max(reports, key=weight)
     report.duration = max(each.duration for each in reports)
+    report.user_properties = [p for r in reports for p in r.user_properties]
     return report
 
 
