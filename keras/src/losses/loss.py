@@ -5,7 +5,7 @@ with their rows, is the loss of the global batch (see `distribution/rows.py`).
 A mean over rows is that already. A divisor that is not the number of rows must
 be our share of the global one, and a sum must be extrapolated to all rows. What
 a loss of the user's own reduces by itself goes over all rows (see
-`distribution/reductions.py`).
+`distribution/own_code.py`).
 """
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from keras.src import ops
 from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import reductions
+from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import trials
 from keras.src.losses import loss as upstream
@@ -33,7 +33,7 @@ class Loss(upstream.Loss):
     __doc__ = upstream.Loss.__doc__
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        if reductions.context_in_step() is None or _is_of_keras(self):
+        if own_code.context_in_step() is None or _is_of_keras(self):
             return super().__call__(y_true, y_pred, sample_weight)
         # Keras's own way, from what our `call` gives.
         return ReleasedLoss.__call__(
@@ -52,10 +52,10 @@ class _OverAllRows:
 
     def call(self, y_true, y_pred):
         loss = self.loss
-        values, is_of_rows = reductions.run(loss, loss.call, y_true, y_pred)
+        values, is_of_rows = own_code.run(loss, loss.call, y_true, y_pred)
         if loss.reduction == "sum" and values.ndim and not is_of_rows:
             # Its sum is that of all rows, and will be extrapolated to them.
-            values = values * rows.weight(reductions.context_in_step())
+            values = values * rows.weight(own_code.context_in_step())
         return values
 
 
@@ -77,11 +77,11 @@ def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
     every process of the data axis calls it.
     """
     loss = _reduce_values(values, sample_weight, reduction)
-    return loss if loss is values else reductions.to_all(loss)
+    return loss if loss is values else own_code.to_all(loss)
 
 
 def _reduce_values(values, sample_weight, reduction):
-    context = reductions.context_in_step()
+    context = own_code.context_in_step()
     if context is None or tuple(values.shape) == ():
         return released_reduce_values(values, sample_weight, reduction)
     if reduction == "sum":
@@ -104,7 +104,7 @@ def apply_mask(sample_weight, mask, dtype, reduction):
     Collective in a step with a mask and a mean: every process of the data axis
     calls it.
     """
-    context = reductions.context_in_step()
+    context = own_code.context_in_step()
     if context is None or mask is None or reduction not in MEANS[:2]:
         return released_apply_mask(sample_weight, mask, dtype, reduction)
     # Valid entries weigh `total / valid`, as released Keras has it.

@@ -1,7 +1,7 @@
 """Overlay: what a metric is told inside a layer's call stays local.
 
 States are reduced after each step, by what they are: what a layer's own code
-reduces goes over all rows (see `distribution/reductions.py`), and a metric's
+reduces goes over all rows (see `distribution/own_code.py`), and a metric's
 must not.
 """
 

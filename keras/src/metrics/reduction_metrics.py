@@ -9,7 +9,7 @@ shards is the loss of the global batch, and counts once.
 import functools
 
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution import reductions
+from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution.context import current
 from keras.src.metrics import reduction_metrics as upstream
@@ -42,7 +42,7 @@ class MeanMetricWrapper(upstream.MeanMetricWrapper):
 
         def over_all_rows(*args, **kwargs):
             call = functools.partial(function, **kwargs)
-            return reductions.run(self, call, *args)[0]
+            return own_code.run(self, call, *args)[0]
 
         self._fn = over_all_rows
         try:

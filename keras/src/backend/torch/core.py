@@ -10,7 +10,7 @@ from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import reductions
+from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
@@ -138,7 +138,7 @@ def remat(f):
 
     def wrapped(*args, **kwargs):
         again = modes.as_now()
-        over_rows = reductions.as_now()
+        over_rows = own_code.as_now()
         context = current()
 
         @again

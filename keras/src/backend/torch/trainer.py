@@ -14,8 +14,8 @@ from keras.src.backend.torch.distribution import feeding
 from keras.src.backend.torch.distribution import logs as logs_lib
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
+from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution import reductions
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution.context import current
 
@@ -99,7 +99,7 @@ class TorchTrainer(upstream.TorchTrainer):
             loss = compute(x, y, y_pred, sample_weight)
         else:
             # One of the user's own, which may reduce rows by itself.
-            loss, _ = reductions.run(
+            loss, _ = own_code.run(
                 self, compute, x, y, y_pred, sample_weight, gathers=False
             )
         return activations.whole(loss)

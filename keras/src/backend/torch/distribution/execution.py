@@ -11,8 +11,8 @@ from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import gradients
 from keras.src.backend.torch.distribution import operators
+from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import plan
-from keras.src.backend.torch.distribution import reductions
 from keras.src.backend.torch.distribution import styles
 from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.modes import modes
@@ -38,12 +38,12 @@ def call(layer, context, args, kwargs):
         return trials.call(layer, Operation.__call__, *args, **kwargs)
     function = functools.partial(_call, layer, context)
     if modes.calls:
-        return reductions.call(layer, function, args, kwargs)
+        return own_code.call(layer, function, args, kwargs)
     with (
         operators.on_shards(context),
-        reductions.of_outermost(layer, Operation.__call__, args, kwargs),
+        own_code.of_outermost(layer, Operation.__call__, args, kwargs),
     ):
-        return reductions.call(layer, function, args, kwargs)
+        return own_code.call(layer, function, args, kwargs)
 
 
 def _call(layer, context, args, kwargs):

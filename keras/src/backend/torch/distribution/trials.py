@@ -7,7 +7,7 @@ shapes and no numbers) whose number of rows is a prime that no other size is a
 multiple of: then every dim, and every number, that is a multiple of the prime
 comes from rows, whatever has been reshaped or transposed on the way.
 
-What a real run does with what was found: see `reductions`.
+What a real run does with what was found: see `own_code`.
 """
 
 import collections
