@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.context import current
 
 NORMALIZATIONS = (
@@ -45,6 +46,10 @@ def over_global_rows(module):
     Collective along the data axis with each batch norm, forward and backward.
     """
     context = current()
+    if trials.is_trial():
+        with trials.catching_batch_norms():
+            yield
+        return
     if context is None or rows.get_current_rows() is None:
         yield
         return

@@ -114,6 +114,7 @@ class Trial:
     """
 
     paused = 0  # calls of known code under way
+    catches_batch_norms = False  # the real run does, where the trial is now
 
     def __init__(self):
         self.found = {}
@@ -210,6 +211,17 @@ def is_trial():
     return bool(_running) and isinstance(_running[-1], Trial)
 
 
+@contextlib.contextmanager
+def catching_batch_norms():
+    """Within it, in a trial, torch's batch norms do not mix rows."""
+    trial = _running[-1]
+    outer, trial.catches_batch_norms = trial.catches_batch_norms, True
+    try:
+        yield
+    finally:
+        trial.catches_batch_norms = outer
+
+
 def is_watched():
     """Whether code is being tried, or run over all rows."""
     return bool(_running)
@@ -293,6 +305,9 @@ class _Recorder(TorchFunctionMode):
         dims = [self.dim_of(x) for x in leaves]
         if not any(dims):
             return None
+        if name == "batch_norm" and _is_training(*args, **kwargs):
+            if not self.trial.catches_batch_norms:
+                self.say_mixing()
         outputs = [y for y in tree.flatten(outputs) if torch.is_tensor(y)]
         if not outputs:
             return None
@@ -311,9 +326,12 @@ class _Recorder(TorchFunctionMode):
             return None
         dim, size = dims[0], x.shape[dims[0]]
         if len(dims) > 1 or size % self.prime**2 == 0:
-            layer = modes.layer
-            self.trial.mixing.setdefault(None if layer is None else id(layer))
+            self.say_mixing()
         return dim, size // self.prime
+
+    def say_mixing(self):
+        layer = modes.layer
+        self.trial.mixing.setdefault(None if layer is None else id(layer))
 
     def numbers(self, leaves):
         found = []
@@ -347,3 +365,8 @@ def _kind(name, leaves):
         reduction = [x for x in leaves if isinstance(x, str)] or ["mean"]
         return {"mean": MEAN, "sum": SUM}.get(reduction[0], GATHER)
     return GATHER
+
+
+def _is_training(*args, training=None, **kwargs):
+    # The sixth argument of torch's function and of its operator.
+    return args[5] if len(args) > 5 else training
