@@ -261,14 +261,16 @@ def test_functions_of_shards(dim):
 
 @pytest.mark.world(4)
 @pytest.mark.parametrize("axes", [("model", "extra"), ("extra", "model")])
-def test_views_of_a_dim_that_two_axes_cut(axes):
-    """Found by the catalogue: torch 2.13 cannot undo them in backward."""
+def test_views_and_pools_of_a_dim_that_two_axes_cut(axes):
+    """Found by the catalogue: torch 2.13 cannot undo views in backward."""
 
     def make_model():
         return keras.Sequential(
             [
                 keras.Input((3, 5)),
                 keras.layers.Dense(4, name="cut"),
+                keras.layers.MaxPooling1D(2, 1, padding="same"),
+                keras.layers.Dense(4, name="cut_again"),
                 keras.layers.Reshape((2, 6)),
                 keras.layers.Dense(4, name="cut_too"),
                 keras.layers.Flatten(),

@@ -67,7 +67,10 @@ def on_channels(function, inputs, data_format):
     """
     mesh = inputs.device_mesh
     channels = channel_dim(inputs.ndim, data_format)
-    inputs = sharded.reduced(_one_axis_a_dim(inputs))
+    inputs = _one_axis_a_dim(inputs)
+    if not isinstance(inputs, DTensor):
+        return function(inputs)
+    inputs = sharded.reduced(inputs)
     placements = tuple(
         p if contraction.dim_of(p) in (0, channels) else Replicate()
         for p in inputs.placements
