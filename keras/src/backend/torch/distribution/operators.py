@@ -21,7 +21,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 from torch.overrides import TorchFunctionMode
 
-from keras.src import tree
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.modes import modes
@@ -132,9 +131,9 @@ class OnShards(TorchFunctionMode):
         if mesh in meshes:
             why = "the value of a variable was read outside of layers"
             return on_whole_values(func, args, kwargs, why)
-        if name in SHARDED and _can_be_sharded(func, args, kwargs):
+        if name in SHARDED and _can_be_sharded(func, args, shards):
             try:
-                return on_dtensors(func, args, kwargs)
+                return on_dtensors(func, args, kwargs, shards[0].device_mesh)
             except FAILURES as error:
                 # No rule for these shards. An error of the program's own comes
                 # again below, in its own words.
@@ -151,16 +150,11 @@ def on_local_shard(func, x, *args, **kwargs):
     return sharded.Enter.apply(local, mesh, placements, shape)
 
 
-def on_dtensors(func, args, kwargs):
+def on_dtensors(func, args, kwargs, mesh):
     """`func` by DTensor's own rule; what it returns is not partial.
 
     Collective along the model axes where the rule asks for it.
     """
-    mesh = next(
-        x.device_mesh
-        for x in tree.flatten((args, kwargs))
-        if isinstance(x, DTensor)
-    )
 
     def enter(x):
         # Its gradient must come back plain, to the plain code that made it.
@@ -219,10 +213,9 @@ def _is_of_one_tensor(args, kwargs):
     )
 
 
-def _can_be_sharded(func, args, kwargs):
+def _can_be_sharded(func, args, shards):
     if _is_in_place(func) and not isinstance(args[0], DTensor):
         return False
-    shards = [x for x in tree.flatten((args, kwargs)) if isinstance(x, DTensor)]
     if func.__name__ in OF_VIEWS and any(
         cuts.has_several_on_a_dim(x.placements) for x in shards
     ):
