@@ -259,7 +259,7 @@ CASES = {
     "ConvLSTM2D": Case(lambda: layers.ConvLSTM2D(3, 2), (2, 4, 3, 4)),
     "ConvLSTM3D": Case(lambda: layers.ConvLSTM3D(2, 2), (2, 3, 2, 3, 2)),
     "TimeDistributed": Case(
-        lambda: layers.TimeDistributed(layers.Dense(6)), (5, 4)
+        lambda: layers.TimeDistributed(layers.Dense(6)), (3, 4)
     ),
     # Attention
     "MultiHeadAttention": [

@@ -26,7 +26,7 @@ MESHES = {
     ],
 }
 # How many are drawn for each number of processes.
-EXAMPLES = {2: 220, 4: 90}
+EXAMPLES = {2: 240, 4: 70}
 
 
 def example(world_size, number):
