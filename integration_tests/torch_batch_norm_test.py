@@ -49,7 +49,7 @@ CASES = {
             nn.Conv2d(4, CHANNELS, 1, bias=False),
             nn.BatchNorm2d(CHANNELS),
         ),
-        (3, 2),
+        (4, 3),
     ),
     "volume": (lambda: nn.BatchNorm3d(CHANNELS, eps=1e-2), (2, 1, 3)),
     "twice": (Twice, (2,)),
@@ -86,7 +86,7 @@ def make_model(make_module, shape):
             layers.Dense(2, name="out"),
         ]
     )
-    model.compile(keras.optimizers.SGD(0.05), "mse", metrics=["mae"])
+    model.compile(keras.optimizers.SGD(0.01), "mse", metrics=["mae"])
     return model
 
 

@@ -2,6 +2,7 @@
 
 from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import batch_norm
+from keras.src.backend.torch.distribution import trials
 from keras.src.utils import torch_utils as upstream
 
 __all__ = ["TorchModuleWrapper"]
@@ -12,5 +13,8 @@ class TorchModuleWrapper(upstream.TorchModuleWrapper):
     __doc__ = upstream.TorchModuleWrapper.__doc__
 
     def call(self, *args, training=None, **kwargs):
-        with batch_norm.over_global_rows(self.module):
+        scope = batch_norm.over_global_rows
+        if trials.is_trial():
+            scope = batch_norm.unchanged_buffers
+        with scope(self.module):
             return super().call(*args, training=training, **kwargs)

@@ -65,6 +65,23 @@ def over_global_rows(module):
 
 
 @contextlib.contextmanager
+def unchanged_buffers(module):
+    """Within it, a torch module writes into copies of its buffers."""
+    buffers = [
+        (owner, name, buffer)
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
+    try:
+        for owner, name, buffer in buffers:
+            setattr(owner, name, buffer.detach().clone())
+        yield
+    finally:
+        for owner, name, buffer in buffers:
+            setattr(owner, name, buffer)
+
+
+@contextlib.contextmanager
 def _as_plain_batch_norm(module):
     module.forward = types.MethodType(torch.nn.BatchNorm1d.forward, module)
     try:
