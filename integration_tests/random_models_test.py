@@ -26,7 +26,7 @@ MESHES = {
     ],
 }
 # How many are drawn for each number of processes.
-EXAMPLES = {2: 240, 4: 70}
+EXAMPLES = {2: 250, 4: 60}
 
 
 def example(world_size, number):
