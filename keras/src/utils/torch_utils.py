@@ -15,6 +15,6 @@ class TorchModuleWrapper(upstream.TorchModuleWrapper):
     def call(self, *args, training=None, **kwargs):
         scope = batch_norm.over_global_rows
         if trials.is_trial():
-            scope = batch_norm.unchanged_buffers
+            scope = batch_norm.in_trial
         with scope(self.module):
             return super().call(*args, training=training, **kwargs)

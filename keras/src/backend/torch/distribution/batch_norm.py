@@ -46,10 +46,6 @@ def over_global_rows(module):
     Collective along the data axis with each batch norm, forward and backward.
     """
     context = current()
-    if trials.is_trial():
-        with trials.catching_batch_norms():
-            yield
-        return
     if context is None or rows.get_current_rows() is None:
         yield
         return
@@ -65,8 +61,9 @@ def over_global_rows(module):
 
 
 @contextlib.contextmanager
-def unchanged_buffers(module):
-    """Within it, a torch module writes into copies of its buffers."""
+def in_trial(module):
+    """Within it, in a trial, a torch module writes into copies of its buffers,
+    and its batch norms, caught in the real run, do not mix rows."""
     buffers = [
         (owner, name, buffer)
         for owner in module.modules()
@@ -75,7 +72,8 @@ def unchanged_buffers(module):
     try:
         for owner, name, buffer in buffers:
             setattr(owner, name, buffer.detach().clone())
-        yield
+        with trials.catching_batch_norms():
+            yield
     finally:
         for owner, name, buffer in buffers:
             setattr(owner, name, buffer)
