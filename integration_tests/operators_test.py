@@ -285,3 +285,35 @@ def test_views_and_pools_of_a_dim_that_two_axes_cut(axes):
     names = ("batch", "model", "extra")
     distribution = parity.model_parallel((1, 2, 2), layouts, names)
     parity.assert_parity(make_model, x, y, distribution)
+
+
+class OfVariables(keras.layers.Layer):
+    """torch's functions, handed variables themselves."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 6), name="kernel")
+        self.gain = self.add_weight(shape=(6,), name="gain")
+
+    def call(self, x):
+        y = torch.nn.functional.silu(torch.matmul(x, self.kernel))
+        steps = torch.cumsum(self.gain, -1) + torch.amax(self.kernel, 0)
+        return y * self.gain + steps
+
+
+@pytest.mark.world(2)
+@pytest.mark.parametrize("axes", [("model", None), (None, "model")])
+def test_variables_that_are_arguments(axes):
+    def make_model():
+        stack = [keras.layers.Dense(4, name="dense"), OfVariables()]
+        return keras.Sequential([keras.Input((5,)), *stack])
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 5)).astype("float32")
+    y = rng.standard_normal((5, 6)).astype("float32")
+    layouts = {
+        ".*of_variables.*/kernel": axes,
+        ".*/gain": ("model",),
+        ".*dense/bias": ("model",),
+    }
+    distribution = parity.model_parallel((1, 2), layouts)
+    parity.assert_parity(make_model, x, y, distribution)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 from torch.overrides import TorchFunctionMode
 
+from keras.src.backend.common import KerasVariable
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.modes import modes
@@ -116,6 +117,10 @@ class OnShards(TorchFunctionMode):
         kwargs = kwargs or {}
         if modes.direct:
             return func(*args, **kwargs)
+        if any(issubclass(each, KerasVariable) for each in types):
+            # Their own way to their values passes by this table.
+            args = tuple(map(_value, args))
+            kwargs = {name: _value(x) for name, x in kwargs.items()}
         shards = []
         _find_shards((*args, *kwargs.values()), shards)
         name = getattr(func, "__name__", "")
@@ -196,6 +201,10 @@ def _is_in_place(func):
             name.startswith("__i") and name not in ("__int__", "__invert__")
         )
     return name.endswith("_")
+
+
+def _value(x):
+    return x.value if isinstance(x, KerasVariable) else x
 
 
 def _find_shards(values, found):
