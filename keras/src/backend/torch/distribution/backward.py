@@ -6,8 +6,34 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import buckets
+from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
+
+
+class Share:
+    """A gradient in `.grad` that is not, or not all, reduced.
+
+    Attributes:
+        total: weak reference to it. Whoever sets another, or None, drops the
+            share with it.
+        reduced: the part that is, None for none.
+    """
+
+    def __init__(self, total, reduced, local):
+        self.total = weakref.ref(total)
+        self.reduced = reduced
+        self._local = None if reduced is None else local
+
+    @property
+    def local(self):
+        """The local part, as a plain tensor."""
+        if self.reduced is not None:
+            return self._local
+        total = self.total()
+        if isinstance(total, DTensor):
+            return sharded.local_of(total)
+        return total
 
 
 class Pass:
@@ -24,7 +50,10 @@ class Pass:
         self.grads = {}  # number -> local gradient, until its bucket starts
         self.returned = {}  # number -> weak reference to what `grad()` returns
         self.reached = set()
-        self.buckets = reducer.plan(reducer.predict())
+        # With `create_graph=True` gradients are used at once.
+        self.defers = reducer.defers and not self.differentiable
+        numbers = () if self.defers else reducer.predict()
+        self.buckets = reducer.plan(numbers)
         self.bucket_of = {
             number: bucket
             for bucket in self.buckets
@@ -77,14 +106,13 @@ class Pass:
             for number in bucket.numbers
             if number in self.grads
         }
-        group = self.reducer.group
+        owed = {n: self._owed(n) for n in bucket.numbers}
+        arguments = grads, self.weight, self.reducer.group, owed
         if self.differentiable:
             with torch.enable_grad():
-                self.reduced |= buckets.reduce(
-                    bucket, grads, self.weight, group
-                )
+                self.reduced |= buckets.reduce(bucket, *arguments)
         else:
-            bucket.start(grads, self.weight, group)
+            bucket.start(*arguments)
         for number in grads:
             self.reducer.parameter(number).grad = None
 
@@ -96,8 +124,36 @@ class Pass:
                 return sharded.Leave.apply(grad)
         return sharded.local_of(grad)
 
+    def _owed(self, number):
+        """What earlier passes have left local and this one completes."""
+        if self.returned:
+            return ()
+        owed, share = [self._accumulated(number)], self._share(number)
+        if share is not None:
+            owed.append(share.local)
+        return [x for x in owed if x is not None]
+
+    def _accumulated(self, number):
+        # What `create_graph=True` is for uses the gradients of this pass.
+        return None if self.differentiable else self.reducer.owed.get(number)
+
+    def _share(self, number):
+        """The `Share` that is in `.grad`, None if none is."""
+        share = self.reducer.shares.get(number)
+        if share is None:
+            return None
+        parameter = self.reducer.parameter(number)
+        grad = self.kept.get(
+            number, None if parameter is None else parameter.grad
+        )
+        return share if grad is not None and share.total() is grad else None
+
     def finish(self):
         reducer = self.reducer
+        if self.defers and not self.returned:
+            with torch.no_grad():
+                self._leave_local()
+            return
         for bucket in self.buckets[self.started :]:
             self._start(bucket)
         replaced = [n for n, copy in self.returned.items() if copy() is None]
@@ -121,18 +177,37 @@ class Pass:
             if parameter is None:
                 continue
             # What this pass did not reach here has kept its gradient.
-            kept = self.kept.pop(number, parameter.grad)
+            kept = self.kept.get(number, parameter.grad)
             if number not in reached or self.returned:
                 parameter.grad = kept
             else:
+                share = self._share(number)
+                if share is not None:
+                    kept = share.reduced
                 grad = self._like(reduced, parameter)
                 parameter.grad = grad if kept is None else kept + grad
+                self.reducer.shares.pop(number, None)
+                if self._accumulated(number) is not None:
+                    self.reducer.owed.pop(number).zero_()
             copy = self.returned.get(number, _no_copy)()
             if copy is not None:
                 copy.copy_(self._like(reduced, parameter))
 
+    def _leave_local(self):
+        for number, grad in self.grads.items():
+            parameter = self.reducer.parameter(number)
+            local = collectives.weighted(self._local(grad), self.weight)
+            reduced, share = self.kept.get(number), self._share(number)
+            if share is not None:
+                reduced, local = share.reduced, share.local + local
+            total = self._like(local, parameter)
+            if reduced is not None:
+                total = reduced + total
+            parameter.grad = total
+            self.reducer.shares[number] = Share(total, reduced, local)
+
     def _like(self, local, parameter):
-        """A reduced gradient, laid out as its parameter."""
+        """A local gradient, laid out as its parameter."""
         if not isinstance(parameter, DTensor):
             return local
         make = sharded.Enter.apply if self.differentiable else sharded.wrap

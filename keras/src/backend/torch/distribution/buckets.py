@@ -50,7 +50,17 @@ class Bucket:
         self.sizes.append(local.numel())
         self.bytes += local.numel() * local.element_size()
 
-    def start(self, grads, weight, group):
+    def start(self, grads, weight, group, owed=None):
+        """Starts to reduce.
+
+        Collective: every process of `group` calls it.
+
+        Args:
+            grads: dict from numbers to local gradients.
+            weight: what they are multiplied with.
+            group: process group.
+            owed: dict from numbers to lists of tensors to add, unweighted.
+        """
         self.buffer = torch.empty(
             sum(self.sizes), dtype=self.dtype, device=self.device
         )
@@ -61,6 +71,8 @@ class Bucket:
                     torch.mul(grads[number], weight, out=part)
                 else:
                     part.zero_()
+                for more in owed.get(number, ()) if owed else ():
+                    part.add_(more)
         self.work = dist.all_reduce(self.buffer, group=group, async_op=True)
 
     def finish(self):
@@ -76,7 +88,7 @@ class Bucket:
             yield number, piece.view(shape)
 
 
-def reduce(bucket, grads, weight, group):
+def reduce(bucket, grads, weight, group, owed=None):
     """The reduced gradients of a bucket, by number, for autograd to
     differentiate.
 
@@ -85,9 +97,11 @@ def reduce(bucket, grads, weight, group):
     Args:
         bucket: the `Bucket`.
         grads: dict from numbers to local gradients.
-        weight, group: as for `Bucket.start`.
+        weight, group, owed: as for `Bucket.start`.
     """
-    reduced = Reduce.apply(bucket, tuple(grads), weight, group, *grads.values())
+    reduced = Reduce.apply(
+        bucket, tuple(grads), weight, group, owed, *grads.values()
+    )
     return dict(zip(bucket.numbers, reduced))
 
 
@@ -103,12 +117,12 @@ class Reduce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, bucket, numbers, weight, group, *grads):
+    def forward(ctx, bucket, numbers, weight, group, owed, *grads):
         ctx.bucket, ctx.numbers = bucket, numbers
         ctx.weight, ctx.group = weight, group
         # A copy: the bucket itself may be under way in this pass.
         bucket = copy.copy(bucket)
-        bucket.start(dict(zip(numbers, grads)), weight, group)
+        bucket.start(dict(zip(numbers, grads)), weight, group, owed)
         # Nobody may write into views that a function returns.
         return tuple(part.clone() for _, part in bucket.finish())
 
@@ -119,4 +133,4 @@ class Reduce(torch.autograd.Function):
         reduced = reduce(
             ctx.bucket, dict(zip(numbers, grads)), ctx.weight, ctx.group
         )
-        return *(None,) * 4, *(reduced[n] for n in ctx.numbers)
+        return *(None,) * 5, *(reduced[n] for n in ctx.numbers)

@@ -21,11 +21,17 @@ same on all processes:
 3. Those that nobody predicted are reduced. Those without a gradient anywhere
    keep `grad = None`, as on one device.
 
+Where only the sum over several passes is needed (`Reducer.accumulating`), they
+leave gradients local: `p.grad` is this data shard's share, weighted with its
+rows, and the sum over data shards is the gradient. The next pass that reduces
+completes it.
+
 With `create_graph=True` reduced gradients can be differentiated again (see
 `buckets.Reduce`).
 """
 
 import collections
+import contextlib
 import functools
 import weakref
 
@@ -66,6 +72,8 @@ class Reducer:
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
         self._pass = _no_pass
+        self.owed, self.defers = {}, False
+        self.shares = {}  # number -> `backward.Share`
 
     def register(self, parameter, name):
         """Hooks a parameter that is equal on all data shards.
@@ -73,6 +81,9 @@ class Reducer:
         Args:
             parameter: the `torch.nn.Parameter`.
             name: what errors call it.
+
+        Returns:
+            The number of the parameter.
         """
         number = self._registered
         self._registered += 1
@@ -90,6 +101,27 @@ class Reducer:
         parameter.register_post_accumulate_grad_hook(
             lambda parameter: self._after(number, parameter)
         )
+        return number
+
+    @contextlib.contextmanager
+    def accumulating(self, owed, defers):
+        """Within it, gradients of several passes are reduced together.
+
+        Args:
+            owed: dict from numbers of parameters to local tensors, the sums of
+                what earlier passes have left local. A pass that accumulates,
+                and reduces, adds them to its gradients, sets them to zero and
+                takes them out of the dict.
+            defers: whether passes leave gradients local. They do not
+                communicate then. Those of `grad()`, and with
+                `create_graph=True`, reduce all the same.
+        """
+        previous = self.owed, self.defers
+        self.owed, self.defers = owed, defers
+        try:
+            yield
+        finally:
+            self.owed, self.defers = previous
 
     # Autograd calls the hooks. Compiled train steps would try to compile them
     # too, piece by piece: they do nothing that a compiler could make faster.

@@ -436,6 +436,126 @@ def test_a_failed_grad_leaves_nothing_behind(on_threads):
     assert on_threads(2, run) == [[1.5, 3.0, None]] * 2
 
 
+@pytest.fixture
+def communicated(monkeypatch):
+    """What each all-reduce of gradients and flags had, in order."""
+    sizes = []
+    all_reduce = dist.all_reduce
+
+    def logged(tensor, *args, **kwargs):
+        sizes.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(buckets.dist, "all_reduce", logged)
+    return sizes
+
+
+def test_gradients_left_local_are_completed(on_threads, communicated):
+    def run(rank):
+        model = Model(size=3)
+        with rows.current_rows(rows.Rows((3, 1, 0)[rank], 4)):
+            with model.reducer.accumulating({}, defers=True):
+                model.backward({0: 4.0})
+                # Here on some alone, and of no rows.
+                model.backward(
+                    ({0: 8.0}, {1: 4.0}, {0: float("nan"), 2: 1.0})[rank]
+                )
+                shares = model.grads
+        # What was reached before, by whomever, and what is now.
+        model.backward({0: 3.0 * rank, 1: 1.0})
+        model.backward({2: 1.0})
+        return shares, model.grads
+
+    results = on_threads(3, run)
+    assert [shares for shares, _ in results] == [
+        [9.0, None, None],
+        [1.0, 1.0, None],
+        [0.0, None, 0.0],
+    ]
+    for _, grads in results:
+        assert grads == [13.0, 2.0, 1.0]
+    # Of the last two passes: the flags, and what they reached. That the first
+    # of them reached too was predicted of the second.
+    assert sorted(communicated) == sorted(([9, 5] + [9, 5, 4]) * 3)
+
+
+def test_a_share_is_added_to_what_was_reduced(on_threads):
+    def run(rank):
+        model = Model()
+        model.backward({0: 2.0 * rank, 1: 2.0 * rank})
+        with model.reducer.accumulating({}, defers=True):
+            model.backward({0: 4.0 * rank})
+            model.backward({0: 4.0 * rank})
+        # Not what `grad` is asked for, but what is accumulated.
+        returned = model.grad({0: 2.0 * rank})
+        model.backward({0: 1.0})
+        return returned, model.grads
+
+    expected = [1.0, None, None], [6.0, 1.0, None]
+    assert on_threads(2, run) == [expected] * 2
+
+
+def test_a_share_that_was_dropped_is_not_added(on_threads):
+    def run(rank):
+        model = Model()
+        with model.reducer.accumulating({}, defers=True):
+            model.backward({0: 4.0 * rank, 1: 1.0})
+        model.parameters[0].grad = None
+        model.parameters[1].grad = torch.ones(3)
+        model.backward({0: 2.0 * rank, 1: 1.0})
+        return model.grads
+
+    assert on_threads(2, run) == [[1.0, 2.0, None]] * 2
+
+
+@pytest.mark.parametrize("is_predicted", [False, True])
+def test_what_is_owed_is_added_once(on_threads, is_predicted):
+    def run(rank):
+        model = Model()
+        if is_predicted:
+            model.backward({0: 1.0, 1: 1.0, 2: 1.0})
+            model.zero()
+        owed = {
+            i: torch.full_like(parameter, 10.0 * (rank + 1)).detach()
+            for i, parameter in enumerate(model.parameters)
+        }
+        kept = dict(owed)
+        with model.reducer.accumulating(owed, defers=False):
+            returned = model.grad({0: 2.0 * rank})
+            # One of them on one shard alone, and one nowhere.
+            model.backward({0: 2.0 * rank, 1: 8.0} if rank else {0: 4.0})
+            model.backward({0: 2.0 * rank})
+        return (
+            returned,
+            model.grads,
+            sorted(owed),
+            [model.value(kept[i]) for i in range(3)],
+        )
+
+    for rank, result in enumerate(on_threads(2, run)):
+        assert result == (
+            [1.0, None, None],
+            [34.0, 34.0, None],
+            [2],
+            [0.0, 0.0, 10.0 * (rank + 1)],
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_to_be_differentiated_are_not_left_local(on_threads):
+    def run(rank):
+        model = Model()
+        owed = {0: torch.ones(2)}
+        with model.reducer.accumulating(owed, defers=True):
+            loss = (model.parameters[0] * (1.0 + rank)).sum()
+            loss.backward(create_graph=True)
+        grads = model.grads
+        model.zero()
+        return grads, model.value(owed[0])
+
+    assert on_threads(2, run) == [([1.5, None, None], 1.0)] * 2
+
+
 def mean_over_rows(parameters, rank, total):
     """A mean over our rows.
 
