@@ -50,10 +50,15 @@ def check(make_optimizer, world_size, make=make_model):
     x, y = data()
     arguments = {"optimizer": make_optimizer, "steps": STEPS}
     expected = parity.train(make, x, y, **arguments)
+    # Those that are only added up are each shard's own.
+    if make_optimizer().gradient_accumulation_steps:
+        del expected["gradients"]
     shapes = [(1, 2), (2, 1)] if world_size == 2 else [(2, 2)]
     for shape in shapes:
         mesh = parity.model_parallel(shape, LAYOUTS)
         actual = parity.train(make, x, y, distribution=mesh, **arguments)
+        if "gradients" not in expected:
+            del actual["gradients"]
         parity.assert_same(actual, expected, 2e-5)
     return expected
 

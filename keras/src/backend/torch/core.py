@@ -26,6 +26,8 @@ released_variable = upstream.Variable
 class Variable(upstream.Variable):
     # Of the whole value that a sharded one was cut of, until it is assigned.
     _initial_checksum = None
+    # By which the reducer knows it; see `gradients`.
+    _gradient_number = None
 
     @modes.direct()
     def _initialize(self, value):
@@ -69,7 +71,7 @@ class Variable(upstream.Variable):
             storage.is_laid_out_by(value, context)
             and cuts.is_cut(value.placements[context.data_axis])
         ):
-            context.reducer.register(value, self.path)
+            self._gradient_number = context.reducer.register(value, self.path)
 
     def _initialize_with_initializer(self, initializer):
         with modes.drawing_initial_values():

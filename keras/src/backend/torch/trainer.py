@@ -8,6 +8,7 @@ from keras.src import callbacks as callbacks_module
 from keras.src import losses
 from keras.src import tree
 from keras.src.backend.torch import trainer as upstream
+from keras.src.backend.torch.distribution import accumulation
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import feeding
@@ -174,6 +175,13 @@ class Step:
 
 
 class TrainStep(Step):
+    def run(self, data):
+        step = getattr(self.model.train_step, "__func__", None)
+        if step is not TorchTrainer.train_step:
+            return super().run(data)
+        with accumulation.of_step(self.model.optimizer, current()):
+            return super().run(data)
+
     def finish(self, logs, context):
         logs, self.model.stop_training = self.reduce(
             logs, self.model.stop_training, context

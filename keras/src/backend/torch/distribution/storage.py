@@ -32,13 +32,17 @@ def shard(value, mesh, placements):
     Args:
         value: plain tensor of the global shape.
         mesh: torch mesh.
-        placements: one `Shard` or `Replicate` for each axis of `mesh`.
+        placements: one for each axis of `mesh`. Where it is `Partial`, the
+            first process of the axis has the value, the others zero.
     """
     local = value
     for dim, axis in cuts.of_placements(tuple(placements), tuple(mesh.shape)):
         local = collectives.shard_of(local, dim, mesh.get_group(axis))
     # A copy: a view would keep the whole alive, or share its memory.
     local = local.detach().clone(memory_format=torch.contiguous_format)
+    for axis, placement in enumerate(placements):
+        if placement.is_partial() and mesh.get_local_rank(axis):
+            local.zero_()
     return sharded.wrap(local, mesh, placements, tuple(value.shape))
 
 

@@ -8,18 +8,39 @@ from torch.distributed.tensor import DTensor
 
 from keras.src import optimizers
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.torch.distribution import accumulation
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.optimizers import torch_optimizer as upstream
+from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.utils import torch_utils
 
 __all__ = ["TorchOptimizer"]
 
 
 class TorchOptimizer(upstream.TorchOptimizer):
+    def _only_adds_up(self):
+        """Whether `apply` only adds gradients to accumulators, in a step
+        without an update."""
+        return bool(
+            self.built
+            and self.gradient_accumulation_steps
+            and self.loss_scale_factor is None
+            and self.apply.__func__ is TorchOptimizer.apply
+            and type(self)._backend_apply_gradients
+            is BaseOptimizer._backend_apply_gradients
+            and not any(
+                self._overwrite_variable_with_gradient(v)
+                for v in self._trainable_variables
+            )
+        )
+
     def apply(self, grads, trainable_variables=None):
+        if self.gradient_accumulation_steps and self.built:
+            if not in_stateless_scope():
+                accumulation.settle(self)
         if trainable_variables is not None:
             trainable_variables = list(trainable_variables)
         variables = trainable_variables or self._trainable_variables
