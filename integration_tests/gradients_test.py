@@ -309,6 +309,29 @@ def test_penalty_of_gradients_of_weights(make, world_size):
     check(program, world_size)
 
 
+def test_weights_used_outside_of_layers(world_size):
+    """DTensor gives sums a gradient that is not cut as the weight is."""
+
+    def program():
+        model = mlp()
+
+        def loss():
+            # Without any layer's call.
+            sums = [ops.sum(v.value, axis=-1) for v in model.variables]
+            return sum(
+                i * ops.sum(ops.sin(whole(x))) for i, x in enumerate(sums, 1)
+            )
+
+        loss().backward()
+        of_function = grad(loss(), model)
+        return (
+            gradients(model),
+            {path: numpy(g) for path, g in of_function.items()},
+        )
+
+    check(program, world_size)
+
+
 def test_two_losses_of_one_graph_accumulate(world_size):
     def program():
         model = mlp()

@@ -74,13 +74,14 @@ class Pass:
         if parameter.grad is not None:
             self.kept[number] = parameter.grad
             parameter.grad = None
+        laid_out = _laid_out(grad, parameter)
         if self.accumulates:
-            return None
+            return None if laid_out is grad else laid_out
         # Nothing tells whether this is `grad()`, until something has been
         # accumulated. `grad()` returns this very copy: into it goes, at the
         # end, what was reduced.
-        copy = grad.clone()
-        self.grads[number] = grad
+        copy = laid_out.clone()
+        self.grads[number] = laid_out
         self.returned[number] = weakref.ref(copy)
         return copy
 
@@ -217,6 +218,16 @@ class Pass:
             parameter.placements,
             tuple(parameter.shape),
         )
+
+
+def _laid_out(grad, parameter):
+    """A gradient, cut as its parameter is.
+
+    Collective along model axes where it was not, and partial.
+    """
+    if isinstance(grad, DTensor) and grad.placements != parameter.placements:
+        return grad.redistribute(placements=parameter.placements)
+    return grad
 
 
 def _no_copy():
