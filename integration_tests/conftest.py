@@ -33,6 +33,9 @@ def pytest_configure(config):
         f"limit(seconds): end the case after that long, not "
         f"{worlds.CASE_LIMIT} seconds",
     )
+    config.addinivalue_line(
+        "markers", "gpu: run on a GPU, which the processes share"
+    )
     if worlds.is_launched():
         return
     if IS_PROCESS:
@@ -70,6 +73,9 @@ def pytest_itemcollected(item):
 def pytest_collection_modifyitems(items):
     # One set of processes at a time, each started once.
     items.sort(key=lambda item: worlds.world_of(item) or 0)
+    for item in items:
+        if worlds.lacks_gpu(item):
+            item.add_marker(pytest.mark.skip(reason="there is no GPU here"))
     if not IS_PROCESS:
         return
     here = int(os.environ["WORLD_SIZE"])

@@ -37,7 +37,7 @@ class Launcher:
     def pytest_runtest_protocol(self, item, nextitem):
         if self.worlds is None:
             self.begin(item.session.items)
-        if worlds.world_of(item) is None:
+        if worlds.world_of(item) is None or worlds.lacks_gpu(item):
             return None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -60,14 +60,15 @@ class Launcher:
         # Made by the first who asks, which is no matter for threads.
         self.config._tmp_path_factory.getbasetemp()
         self.worlds = {}
-        by_size = {}
+        by_kind = {}
         for item in items:
             size = worlds.world_of(item)
-            if size is not None:
-                by_size.setdefault(size, []).append(item)
-        for size, own in by_size.items():
-            world = World(self.config, self.variables, size, own)
-            self.worlds[size] = world
+            if size is not None and not worlds.lacks_gpu(item):
+                kind = size, worlds.needs_gpu(item)
+                by_kind.setdefault(kind, []).append(item)
+        for kind, own in by_kind.items():
+            world = World(self.config, self.variables, *kind, own)
+            self.worlds[kind] = world
             self.results |= world.begin()
 
     def show(self, reports):
@@ -85,10 +86,14 @@ class World:
         config: pytest's.
         variables: dict, the environment that the processes are to have.
         size: int, how many processes.
+        on_gpu: bool, whether they see the GPUs of this machine.
         items: list of pytest items.
     """
 
-    def __init__(self, config, variables, size, items):
+    def __init__(self, config, variables, size, on_gpu, items):
+        if not on_gpu:
+            # gloo and the CPU, also on a machine with GPUs.
+            variables = {**variables, "CUDA_VISIBLE_DEVICES": ""}
         self.config, self.variables = config, variables
         self.size, self.items = size, items
         self.processes = None

@@ -268,8 +268,6 @@ def environment(rank, world, port, variables, folder):
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
         "KERAS_BACKEND": "torch",
-        # gloo and the CPU, also on a machine with fewer GPUs than processes.
-        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONUNBUFFERED": "1",
         worlds.FOLDER_VARIABLE: str(folder),
     }

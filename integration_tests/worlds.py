@@ -49,6 +49,20 @@ def limit_of(item):
     return CASE_LIMIT if marker is None else marker.args[0]
 
 
+def needs_gpu(item):
+    """Whether the processes of a test item run on a GPU."""
+    return item.get_closest_marker("gpu") is not None
+
+
+def lacks_gpu(item):
+    """Whether a test item needs a GPU, and there is none."""
+    if not needs_gpu(item):
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
+
+
 def is_launched():
     """Whether the launcher started this process."""
     return FOLDER_VARIABLE in os.environ

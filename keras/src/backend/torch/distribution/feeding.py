@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data.distributed import DistributedSampler
 
+from keras.src import tree
+from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
 from keras.src.distribution import distribution_lib
@@ -45,7 +47,7 @@ class ShardedDataAdapter(DataAdapter):
         loader = self.adapter.get_torch_dataloader()
         if isinstance(self.adapter, ArrayDataAdapter):
             # A loader too: it draws on the random state as one device's does.
-            dataset = _OurRows(loader.dataset, self.context, draws=False)
+            dataset = _OurRows(_arrays_of(loader), self.context, draws=False)
             return torch.utils.data.DataLoader(
                 dataset,
                 batch_sampler=loader.batch_sampler,
@@ -161,7 +163,14 @@ class LocalDataAdapter(ShardedDataAdapter):
     """
 
     def get_torch_dataloader(self):
-        return self._together(iter(self.adapter.get_torch_dataloader()))
+        loader = self.adapter.get_torch_dataloader()
+        if isinstance(self.adapter, ArrayDataAdapter):
+            loader = torch.utils.data.DataLoader(
+                _arrays_of(loader),
+                batch_sampler=loader.batch_sampler,
+                collate_fn=loader.collate_fn,
+            )
+        return self._together(iter(loader))
 
     def _batch_of(self, data):
         local = rows.count(data)
@@ -172,6 +181,56 @@ class LocalDataAdapter(ShardedDataAdapter):
         copies = len(sizes) // self.context.data_size
         batch.rows.total = sum(sizes) // copies
         return batch
+
+
+class _PinnedArrays(torch.utils.data.Dataset):
+    """Arrays as Keras's own dataset reads them, copied to a GPU in passing.
+
+    Keras converts a batch where it lies, in memory that may be paged: the host
+    waits for the copy, which waits for all work that the GPU has been given.
+
+    Args:
+        dataset: the dataset of an `ArrayDataAdapter` (of Keras 3.15.1, which
+            keeps the arrays as `array`).
+        device: the GPU.
+    """
+
+    def __init__(self, dataset, device):
+        self.dataset, self.device = dataset, device
+
+    def __getitems__(self, indices):
+        return tree.map_structure(
+            lambda array: self._read(array, indices),
+            self.dataset.array,
+            none_is_leaf=False,
+        )
+
+    def _read(self, array, indices):
+        x = array.convert_to_torch_compatible(array[indices])
+        if isinstance(x, torch.Tensor) and x.device.type != "cpu":
+            return core.convert_to_tensor(x)
+        with core.device_scope("cpu"):
+            x = core.convert_to_tensor(x)
+        if x.layout is torch.strided:
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+def _arrays_of(loader):
+    """The dataset of the loader of an `ArrayDataAdapter`."""
+    device = _gpu()
+    if device is None:
+        return loader.dataset
+    return _PinnedArrays(loader.dataset, device)
+
+
+def _gpu():
+    """The GPU of this process, None without one."""
+    device = core.get_device()
+    return device if str(device).startswith("cuda") else None
 
 
 class _OurRows(torch.utils.data.Dataset):

@@ -260,3 +260,43 @@ def test_epoch_iterator(fake_world, is_distributed):
     sizes = [2, 2, 1] if is_distributed else [4, 4, 2]
     assert [len(batch[0][0]) for batch in data] == sizes
     assert all(isinstance(b, rows.Batch) == is_distributed for b in data)
+
+
+@pytest.mark.parametrize("auto_shard", [True, False])
+@pytest.mark.parametrize("source", ["arrays", "tensors"])
+def test_arrays_are_copied_to_a_gpu_in_passing(
+    source, auto_shard, on_threads, monkeypatch
+):
+    """From pinned memory, and without waiting. There need be no GPU."""
+    said = []
+    to = torch.Tensor.to
+
+    def pin_memory(x):
+        said.append("pinned")
+        return x
+
+    def copy(x, *args, **kwargs):
+        if args and args[0] == "cuda:0":
+            said.append(kwargs)
+            return x
+        return to(x, *args, **kwargs)
+
+    kind = (
+        feeding.ShardedDataAdapter if auto_shard else feeding.LocalDataAdapter
+    )
+
+    def run(rank):
+        adapter = get_data_adapter(**SOURCES[source]())
+        context = make_context(0, 1, auto_shard)
+        return batches_of(kind(adapter, context))
+
+    [expected] = on_threads(1, run)
+    monkeypatch.setattr(feeding, "_gpu", lambda: "cuda:0")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    [actual] = on_threads(1, run)
+    # Of three batches, x and y.
+    assert said == ["pinned", {"non_blocking": True}] * 6
+    for one, other in zip(actual, expected, strict=True):
+        for a, b in zip(one[0], other[0], strict=True):
+            assert torch.equal(a, b)
