@@ -105,7 +105,7 @@ def difference(request):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("differences"):
+    if not config.getoption("differences", False):
         return
     largest = {}
     for reports in terminalreporter.stats.values():

@@ -169,8 +169,8 @@ def assert_same(actual, expected, tolerance=1e-5):
             continue
         scale = max(1e-2, float(np.abs(want).max()))
         worst = float(np.abs(want - got).max()) / scale
-        _largest[0] = max(_largest[0], worst)
         assert worst <= tolerance, f"{path}: differs by {worst:.1e} (relative)"
+        _largest[0] = max(_largest[0], worst)
 
 
 def assert_parity(make_model, x, y, distribution, tolerance=1e-5, **kwargs):

@@ -26,7 +26,7 @@ MESHES = {
     ],
 }
 # How many are drawn for each number of processes.
-EXAMPLES = {2: 250, 4: 60}
+EXAMPLES = {2: 260, 4: 50}
 
 
 def example(world_size, number):

@@ -349,5 +349,6 @@ def test_gradients_of_data_shards_are_reduced_together():
     assert counted.backward == {"all_reduce": 2}
     parameters = len(model.trainable_variables)
     assert counted.backward_bytes == {
-        "all_reduce": 4 * model.count_params() + parameters
+        # And three flags for each.
+        "all_reduce": 4 * model.count_params() + 3 * parameters
     }
