@@ -1,5 +1,6 @@
 """Overlay: `fit`, `evaluate` and `predict` on the rows of a data shard."""
 
+import contextlib
 import inspect
 
 import torch
@@ -134,6 +135,7 @@ class Step:
     def __init__(self, model, function):
         self.model = model
         self.function = function
+        self.kinds_of_batches = set()
 
     def __call__(self, data):
         context = current()
@@ -148,8 +150,27 @@ class Step:
             metric_states.local(states, context),
         ):
             with logs_lib.unchanged_by_no_rows(states, data.rows):
-                logs = self.run(data)
+                with self.compiled_if_known(data):
+                    logs = self.run(data)
             return self.finish(logs, context)
+
+    def compiled_if_known(self, data):
+        """Within it, a compiled step is run as written on a new kind of batch.
+
+        What it finds out there of the code that it runs, compiled code takes
+        as known (see `own_code`).
+        """
+        if not self.model.jit_compile:
+            return contextlib.nullcontext()
+        kind = tuple(
+            (tuple(x.shape[1:]), str(x.dtype))
+            for x in tree.flatten(data[0])
+            if x is not None
+        )
+        if kind in self.kinds_of_batches:
+            return contextlib.nullcontext()
+        self.kinds_of_batches.add(kind)
+        return torch.compiler.set_stance("force_eager")
 
     def states(self, context):
         """The variables of metrics, if data shards count apart."""

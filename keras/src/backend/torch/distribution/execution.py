@@ -83,11 +83,19 @@ def _keep_gradient_plain(x):
     gradient arrives as a DTensor, which the code that made the output need
     not understand.
     """
-    if type(x) is torch.Tensor and x.grad_fn is not None:
+    if type(x) is torch.Tensor and x.requires_grad:
         x.register_hook(gradients.to_plain)
 
 
 def _handed_shards(args, kwargs):
-    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
-        return isinstance(args[0], DTensor)
-    return any(isinstance(x, DTensor) for x in tree.flatten((args, kwargs)))
+    # Keras's `tree` cannot be compiled where it meets tuples.
+    values = [*args, *kwargs.values()]
+    while values:
+        x = values.pop()
+        if isinstance(x, DTensor):
+            return True
+        if isinstance(x, dict):
+            values.extend(x.values())
+        elif isinstance(x, (list, tuple)):
+            values.extend(x)
+    return False

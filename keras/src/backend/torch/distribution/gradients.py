@@ -95,11 +95,15 @@ class Reducer:
         like = torch.empty(local.shape, dtype=local.dtype, device="meta")
         self._likes.append((like, local.device))
         reference = weakref.ref(parameter)
+        # Autograd calls the hooks. Compiled train steps would try to compile
+        # them too, piece by piece: they do nothing that a compiler could make
+        # faster.
+        untraced = torch.compiler.disable
         parameter.register_hook(
-            lambda grad: self._before(number, reference(), grad)
+            untraced(lambda grad: self._before(number, reference(), grad))
         )
         parameter.register_post_accumulate_grad_hook(
-            lambda parameter: self._after(number, parameter)
+            untraced(lambda parameter: self._after(number, parameter))
         )
         return number
 
@@ -123,9 +127,6 @@ class Reducer:
         finally:
             self.owed, self.defers = previous
 
-    # Autograd calls the hooks. Compiled train steps would try to compile them
-    # too, piece by piece: they do nothing that a compiler could make faster.
-    @torch.compiler.disable
     def _before(self, number, parameter, grad):
         current = self._pass()
         if current is None:
@@ -140,7 +141,6 @@ class Reducer:
             )
         return current.arrive(number, parameter, grad)
 
-    @torch.compiler.disable
     def _after(self, number, parameter):
         current = self._pass()
         if current is not None:

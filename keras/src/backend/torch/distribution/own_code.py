@@ -32,6 +32,7 @@ from keras.src.backend.torch.distribution.reductions import slice_of_ours
 logger = logging.getLogger("keras.distribution")
 
 _trials = weakref.WeakKeyDictionary()  # owner -> {signature: Trial}
+NOTHING = "_keras_goes_over_no_rows"  # what all trials of an owner found
 _current = [None]  # the `Run` of the outermost layer call under way
 
 
@@ -88,7 +89,11 @@ def of_outermost(layer, function, args, kwargs):
         args, kwargs: arguments of the call.
     """
     context = context_in_step()
-    if context is None or trials.is_watched():
+    if (
+        context is None
+        or trials.is_watched()
+        or (torch.compiler.is_compiling() and goes_over_no_rows(layer))
+    ):
         yield
         return
     function = functools.partial(trials.call, layer, function)
@@ -195,7 +200,19 @@ def trial_of(owner, function, args, kwargs):
     signature += (_is_training(), getattr(function, "func", None))
     if signature not in own:
         own[signature] = _try(owner, function, args, kwargs)
+        vars(owner)[NOTHING] = not any(
+            t.failed or t.found or t.mixing for t in own.values()
+        )
     return own[signature]
+
+
+def goes_over_no_rows(owner):
+    """Whether no trial of an owner so far has found anything.
+
+    For compiled code, which cannot look its trial up: it has been run as it is
+    written before, on the same kind of batch (see `trainer.Step`).
+    """
+    return getattr(owner, NOTHING, False)
 
 
 @torch.compiler.disable
