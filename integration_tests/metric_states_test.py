@@ -208,6 +208,8 @@ def test_between_steps(program, world_size):
     distributions = {"data": keras.distribution.DataParallel()}
     if world_size == 4:
         layouts = {"up/kernel": (None, "model"), "down/kernel": ("model", None)}
+        # A state of a metric that is cut, too.
+        layouts["spread/total"] = ("model",)
         distributions["both"] = parity.model_parallel((2, 2), layouts)
     for name, distribution in distributions.items():
         actual = parity.run(program, make_model, distribution)

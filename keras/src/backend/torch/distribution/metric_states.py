@@ -27,8 +27,8 @@ class _State:
     Attributes:
         context: the `Context` whose data shards the local states are of.
         whole, local: the tensors, each of the kind that the variable holds.
-        base: what the local state started from and another shard counts; None
-            where that is this shard.
+        base: what the local state started from and another shard counts,
+            flat; None where that is this shard.
         version: of `whole`, as the last step left it.
     """
 
@@ -48,12 +48,12 @@ class _State:
         )
 
     def start_from_whole(self, adds_up):
-        whole = _storage(self.whole)
         with torch.no_grad():
-            _storage(self.local).copy_(whole)
-            self.base = None
-            if adds_up and self.context.data_index:
-                self.base = whole.detach().clone()
+            _storage(self.local).copy_(_storage(self.whole))
+        # A copy, and on all shards: where a layout cuts the state, it is
+        # gathered.
+        base = flat(self.whole).clone() if adds_up else None
+        self.base = base if self.context.data_index else None
 
 
 def of(metrics, model_variables):
@@ -75,7 +75,10 @@ def of(metrics, model_variables):
 
 @contextlib.contextmanager
 def local(variables, context):
-    """Within it, variables hold the local state."""
+    """Within it, variables hold the local state.
+
+    Collective along the axes that shard a variable, if it was written into.
+    """
     if context.data_size == 1:
         yield
         return
@@ -132,7 +135,7 @@ def portion(variable, weight, context):
         return collectives.weighted(value, float(context.data_index == 0))
     state = vars(variable).get(STATE)
     if state is not None and state.base is not None:
-        value = value - flat(state.base)
+        value = value - state.base
     return value
 
 
