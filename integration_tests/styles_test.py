@@ -345,10 +345,9 @@ def test_gradients_of_data_shards_are_reduced_together():
         model = column_activation_row([layers.Dense(4) for _ in range(5)])
         counted = Counted(model, normal(4))
     assert counted.forward == {}
-    # All gradients, and a byte for each parameter that had one or not.
+    # All gradients, and three flags of a byte for each parameter.
     assert counted.backward == {"all_reduce": 2}
     parameters = len(model.trainable_variables)
     assert counted.backward_bytes == {
-        # And three flags for each.
         "all_reduce": 4 * model.count_params() + 3 * parameters
     }
