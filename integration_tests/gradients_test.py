@@ -60,7 +60,7 @@ def run(program, distribution=None):
 
 def check(program, world_size):
     """Compares the nested arrays that a program returns."""
-    expected = run(program)
+    expected = parity.on_one_device(lambda: run(program))
     for distribution in distributions(world_size):
         try:
             parity.assert_same(run(program, distribution), expected)

@@ -155,11 +155,16 @@ def largest_difference():
     return largest
 
 
-def assert_same(actual, expected, tolerance=1e-5):
-    """Compares nested results, relative to the largest value of each array."""
+def assert_same(actual, expected, tolerance=1e-5, whole=None):
+    """Compares nested results, relative to the largest value of each array.
+
+    Args:
+        whole: the arrays that those of `expected` are parts of, if they are.
+    """
     tree.assert_same_structure(actual, expected)
     paths = tree.flatten_with_path(expected)
-    for (path, want), got in zip(paths, tree.flatten(actual)):
+    wholes = tree.flatten(expected if whole is None else whole)
+    for (path, want), got, whole in zip(paths, tree.flatten(actual), wholes):
         if want is None or got is None:
             assert want is None and got is None, path
             continue
@@ -167,7 +172,7 @@ def assert_same(actual, expected, tolerance=1e-5):
         assert want.shape == got.shape, (path, want.shape, got.shape)
         if not want.size:
             continue
-        scale = max(1e-2, float(np.abs(want).max()))
+        scale = max(1e-2, float(np.abs(whole).max()))
         worst = float(np.abs(want - got).max()) / scale
         assert worst <= tolerance, f"{path}: differs by {worst:.1e} (relative)"
         _largest[0] = max(_largest[0], worst)

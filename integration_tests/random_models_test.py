@@ -1,16 +1,19 @@
 """Small models, layouts and meshes, drawn at random, against one device.
 
-Each number is one example, the same on all processes and in every run. What
-was found is kept in `FOUND`.
+Hypothesis draws the same examples on all processes and in every run, and
+makes what fails as small as it can. What was found is kept in `FOUND`.
 """
 
 import re
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies
 
 import keras
 from integration_tests import catalogue
+from integration_tests import everyone
 from integration_tests import parity
 from keras import layers
 
@@ -25,20 +28,28 @@ MESHES = {
         ((1, 2, 2), ("batch", "model", "extra")),
     ],
 }
-# How many are drawn for each number of processes.
-EXAMPLES = {2: 260, 4: 50}
+# How many are drawn for each seed, and how many seeds for each number of
+# processes.
+EXAMPLES = 50
+SEEDS = {2: 4, 4: 1}
 
 
-def example(world_size, number):
+def example(world_size):
     """Length and width of the input, blocks, a mesh, a seed of the layouts."""
-    rng = np.random.default_rng((world_size, number))
-    length, width = int(rng.integers(2, 7)), int(rng.integers(2, 9))
-    blocks = [
-        (str(rng.choice(list(BLOCKS))), int(rng.integers(1, 10)))
-        for _ in range(rng.integers(1, 5))
-    ]
-    mesh = MESHES[world_size][rng.integers(len(MESHES[world_size]))]
-    return length, width, blocks, mesh, int(rng.integers(1000))
+    return strategies.tuples(
+        strategies.integers(2, 6),
+        strategies.integers(2, 8),
+        strategies.lists(
+            strategies.tuples(
+                strategies.sampled_from(sorted(BLOCKS)),
+                strategies.integers(1, 9),
+            ),
+            min_size=1,
+            max_size=4,
+        ),
+        strategies.sampled_from(MESHES[world_size]),
+        strategies.integers(0, 999),
+    )
 
 
 def concatenate(x, n):
@@ -164,14 +175,20 @@ def check(length, width, blocks, mesh, seed):
     x = rng.normal(size=(ROWS, length, width)).astype("float32")
     y = rng.normal(size=(ROWS, *make_model().output_shape[1:]))
     y = y.astype("float32")
-    expected = parity.train(make_model, x, y)
+    expected = parity.train(make_model, x, y, steps=1)
     shape, names = mesh
     layouts = layouts_of(expected["weights"], names, seed)
     distribution = parity.model_parallel(shape, layouts, names)
-    actual = parity.train(make_model, x, y, distribution=distribution)
-    # Two steps through normalisations of few numbers. A gradient that is zero
-    # but for rounding, as of a bias before a normalisation, is rounding.
-    parity.assert_same(actual, expected, 3e-4)
+    actual = parity.train(make_model, x, y, distribution, steps=1)
+    # What is zero but for rounding, as the gradient of a bias before a
+    # normalisation, is none of it: gradients are measured by the largest.
+    gradients = expected["gradients"]
+    largest = [np.abs(g).max() for g in gradients.values() if g is not None]
+    whole = {
+        **expected,
+        "gradients": dict.fromkeys(gradients, np.array(largest)),
+    }
+    parity.assert_same(actual, expected, 2e-4, whole)
 
 
 # Found once: a bias that one axis cut before another had been gathered.
@@ -193,21 +210,39 @@ def test_models_that_failed_once(number):
 
 
 @pytest.mark.world(2)
-@pytest.mark.parametrize("number", range(EXAMPLES[2]))
-def test_on_two_processes(number):
-    check_example(2, number)
+@pytest.mark.parametrize("seed", range(SEEDS[2]))
+@pytest.mark.limit(240)
+def test_on_two_processes(seed):
+    check_examples(2, seed)
 
 
 @pytest.mark.world(4)
-@pytest.mark.parametrize("number", range(EXAMPLES[4]))
-def test_on_four_processes(number):
-    check_example(4, number)
+@pytest.mark.parametrize("seed", range(SEEDS[4]))
+@pytest.mark.limit(240)
+def test_on_four_processes(seed):
+    check_examples(4, seed)
 
 
-def check_example(world_size, number):
-    drawn = example(world_size, number)
-    try:
-        check(*drawn)
-    except Exception as error:
-        error.add_note(f"The example: {drawn}")
-        raise
+def check_examples(world_size, seed):
+    """Checks what is drawn from a seed.
+
+    Collective: every process calls it. What fails on one fails on all, which
+    therefore draw the same next.
+    """
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(example(world_size))
+    def run(drawn):
+        for rank, outcome in enumerate(
+            everyone.outcomes(lambda: check(*drawn))
+        ):
+            assert outcome == "done", f"rank {rank}, example {drawn}: {outcome}"
+
+    run()

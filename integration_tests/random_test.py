@@ -15,7 +15,7 @@ from keras import ops
 
 def run(program, distribution=None):
     """What a program returns, from the same state each time."""
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(5)
     with distribution.scope() if distribution else contextlib.nullcontext():
         return program()
@@ -63,7 +63,7 @@ def test_initial_weights(world_size):
         layer(ops.ones((3, 2)))
         return {v.path: ops.convert_to_numpy(v) for v in layer.weights}
 
-    expected = run(program)
+    expected = parity.on_one_device(lambda: run(program))
     for shape in [(1, 2), (2, 1)]:
         for axes in [(None, "model"), ("batch", None)]:
             actual = run(
@@ -153,7 +153,7 @@ def draws():
 @pytest.mark.world(4)
 def test_draws(world_size):
     """One device's without data shards; else different between them."""
-    expected = run(draws)
+    expected = parity.on_one_device(lambda: run(draws))
     parity.assert_same(run(draws, parity.model_parallel((1, 4), {})), expected)
     actual = run(draws, parity.model_parallel((2, 2), {}))
     first, second, third, fourth = everyone.gather(actual)
@@ -215,7 +215,7 @@ def drawing_noise():
 @pytest.mark.world(2, 4)
 def test_drawing_for_the_global_batch(world_size):
     """One device's losses on any mesh, with all that is random."""
-    expected = losses()
+    expected = parity.on_one_device(losses)
     layouts = {
         ".*column/kernel": (None, "model"),
         ".*row/kernel": ("model", "batch"),
