@@ -13,7 +13,7 @@ from keras import layers
 from keras import ops
 from keras import optimizers
 
-pytestmark = pytest.mark.world(2, 4)
+pytestmark = pytest.mark.world(4)
 
 # Rows of each batch: uneven shards, and shards without rows.
 ROWS = (7, 5, 1, 8, 2, 4, 3)

@@ -128,7 +128,7 @@ def run(case, distribution=None, again=True):
             loss.backward()
         variables = program.trainable_variables
         gradients = {
-            v.path: v.value.grad.detach().clone()
+            v.path: Stored(v.value.grad)
             for v in variables
             if v.value.grad is not None
         }
@@ -144,17 +144,15 @@ def run(case, distribution=None, again=True):
                 if getattr(x, "grad", None) is not None
             ],
         }
-        stored = {
+        kept = {
             "gradients": gradients,
-            "weights": {
-                v.path: v.value.detach().clone() for v in program.variables
-            },
+            "weights": {v.path: Stored(v.value) for v in program.variables},
         }
         if again:
             with torch.no_grad():
                 after = program(inputs)
             local["outputs after"] = [x.numpy() for x in after]
-    return local, stored, ours
+    return local, kept, ours
 
 
 class Program(keras.layers.Layer):
@@ -180,27 +178,40 @@ class Program(keras.layers.Layer):
 @functools.cache
 def reference(name):
     def alone():
-        local, stored, ours = run(CASES[name])
-        return local, tree.map_structure(torch.Tensor.numpy, stored), ours
+        local, kept, ours = run(CASES[name])
+        return local, tree.map_structure(lambda x: x.local, kept), ours
 
     return parity.on_one_device(alone)
 
 
-def assert_stored(actual, expected, tolerance):
-    """Compares what this process stores with its part of whole arrays."""
-    tree.assert_same_structure(actual, expected)
-    ours, parts = [], []
-    for value, whole in zip(tree.flatten(actual), tree.flatten(expected)):
+class Stored:
+    """A copy of what this process stores of a value, and how that was cut."""
+
+    def __init__(self, value):
+        self.value = value
+        with torch.no_grad():
+            local = value.to_local() if isinstance(value, DTensor) else value
+            self.local = local.clone().numpy()
+
+    def part_of(self, whole):
+        """The part of a whole array that this process has to store."""
+        value = self.value
         assert tuple(value.shape) == whole.shape
-        if isinstance(value, DTensor):
-            whole = torch.from_numpy(np.ascontiguousarray(whole))
-            whole = storage.shard(whole, value.device_mesh, value.placements)
-            whole, value = whole.to_local().numpy(), value.to_local()
-        ours.append(value.numpy())
-        parts.append(whole)
+        if not isinstance(value, DTensor):
+            return whole
+        whole = torch.from_numpy(np.ascontiguousarray(whole))
+        return (
+            storage.shard(whole, value.device_mesh, value.placements)
+            .to_local()
+            .numpy()
+        )
+
+
+def assert_stored(actual, expected, tolerance):
+    """Compares what this process stores with its parts of whole arrays."""
     parity.assert_same(
-        tree.pack_sequence_as(expected, ours),
-        tree.pack_sequence_as(expected, parts),
+        tree.map_structure(lambda x: x.local, actual),
+        tree.map_structure(Stored.part_of, actual, expected),
         tolerance,
         whole=expected,
     )

@@ -11,7 +11,7 @@ from keras import layers
 from keras import metrics
 from keras import ops
 
-pytestmark = [pytest.mark.world(2, 4), pytest.mark.limit(60)]
+pytestmark = [pytest.mark.world(4), pytest.mark.limit(60)]
 
 # Batches of 5, 5 and 1: of the last, all data shards but one have no row.
 ROWS, BATCH, FEATURES = 11, 5, 3

@@ -72,7 +72,7 @@ def on_one_device(program):
 
 
 def train(make_model, x, y, distribution=None, **kwargs):
-    """Builds a model and trains it for a few steps on one batch.
+    """Builds a model and trains it on one batch, for a step or more.
 
     Collective: every process calls it.
 
@@ -98,7 +98,7 @@ def train_here(
     y,
     distribution=None,
     loss="mse",
-    steps=2,
+    steps=1,
     optimizer=None,
     metrics=None,
     weighted_metrics=None,

@@ -11,7 +11,7 @@ from integration_tests import parity
 from keras import layers
 from keras import ops
 
-pytestmark = [pytest.mark.world(2, 4), pytest.mark.limit(90)]
+pytestmark = [pytest.mark.world(4), pytest.mark.limit(90)]
 
 BATCH, CHANNELS = 5, 3
 

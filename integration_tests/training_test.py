@@ -22,10 +22,8 @@ LAYOUTS = {
 
 
 def distributions(world_size, **kwargs):
-    """Every way to split rows and weights over the processes, by name."""
-    shapes = [(1, world_size), (world_size, 1)]
-    if world_size == 4:
-        shapes.append((2, 2))
+    """Ways to split rows and weights over the processes, by name."""
+    shapes = [(1, 2), (2, 1)] if world_size == 2 else [(2, 2)]
     yield "DataParallel", keras.distribution.DataParallel(**kwargs)
     for shape in shapes:
         yield (

@@ -98,6 +98,8 @@ def leave(status):
 
 
 def main():
+    # Keras imports it where it is there, which takes more than a second.
+    sys.modules["sklearn"] = None
     settings = json.loads(sys.argv[1])
     # Asked for by the launcher when this process hangs.
     faulthandler.register(signal.SIGUSR1, file=open(settings["stacks"], "w"))
