@@ -292,6 +292,25 @@ def test_layers(function):
     assert_as_alone({"layer": fit(around(function), y, x=x)})
 
 
+def test_what_cannot_be_seen_is_said(rank, caplog):
+    """A layer that asks for numbers, and so may or may not reduce rows."""
+
+    class Asks(Own):
+        def compute_output_shape(self, input_shape):
+            return input_shape
+
+    def asks(layer, x):
+        return x * 2 if float(ops.max(ops.abs(x))) > 1e6 else x
+
+    def outputs(x):
+        return dense()(Asks(asks, name="own")(x))
+
+    caplog.set_level(logging.WARNING, "keras.distribution")
+    assert_as_alone({"asks": fit(outputs, normal(CLASSES), epochs=2)})
+    said = [r.message for r in caplog.records if "each row" in r.message]
+    assert len(said) == (rank == 0), said
+
+
 def test_operations_of_a_model():
     def outputs(x):
         x = layers.Dense(6, "tanh", name="up")(x)

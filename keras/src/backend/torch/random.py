@@ -46,7 +46,8 @@ def draw_seed(seed):
     first, second = released_draw_seed(seed)
     if not _draws_for_rows(context) or _batch(context) is not None:
         return first, second
-    return int(first) + context.data_index * STRIDE, int(second)
+    # Their sum seeds a generator: read once from a device, as there.
+    return int(first + second) + context.data_index * STRIDE, 0
 
 
 def _batch(context):

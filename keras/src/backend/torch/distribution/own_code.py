@@ -8,14 +8,12 @@ gathered.
 
 import contextlib
 import functools
-import logging
 import weakref
 
 import torch
 
 from keras.src import tree
 from keras.src.backend.common import global_state
-from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import statistics
@@ -25,11 +23,8 @@ from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.reductions import Run
 from keras.src.backend.torch.distribution.reductions import cut
 from keras.src.backend.torch.distribution.reductions import gather
-from keras.src.backend.torch.distribution.reductions import name_of
 from keras.src.backend.torch.distribution.reductions import say_once
 from keras.src.backend.torch.distribution.reductions import slice_of_ours
-
-logger = logging.getLogger("keras.distribution")
 
 _trials = weakref.WeakKeyDictionary()  # owner -> {signature: Trial}
 NOTHING = "_keras_goes_over_no_rows"  # what all trials of an owner found
@@ -284,15 +279,16 @@ def _say_gathered(owner, trial):
 
 
 def _say_unknown(owner, trial):
-    if logger.isEnabledFor(logging.DEBUG) and process_group.is_first():
-        logger.debug(
-            "'%s' is taken for code of each row by itself, since whether it is "
-            "cannot be told: %s",
-            name_of(owner),
-            _why(trial),
-        )
+    say_once(
+        owner,
+        "'%s' is taken for code of each row by itself, since %s. If it reduces "
+        "rows, the result is that of each data shard's own.",
+        _why(trial),
+    )
 
 
 def _why(trial):
-    why = trial.failed or "it compares rows with each other"
-    return why.partition("\n")[0][:200]
+    if not trial.failed:
+        return "it compares rows with each other"
+    why = trial.failed.partition("\n")[0][:200]
+    return f"it does not run on tensors without numbers ({why})"
