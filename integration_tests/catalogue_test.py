@@ -255,7 +255,9 @@ def layouts_of(name, world_size):
             if not has_own:
                 what_differs = frozenset(map(handed_on, layouts.values()))
             found.setdefault(what_differs, (f"{label} of {sizes}", layouts))
-        chosen = [*found.values()][number % every :: every]
+        # One at least: a mesh may have fewer than are passed over.
+        start = number % min(every, len(found))
+        chosen = [*found.values()][start::every]
         for i, (label, layouts) in enumerate(chosen):
             yield label, sizes, layouts, has_own and i == 0
 
@@ -336,6 +338,9 @@ def test_layouts_are_complete(monkeypatch):
     all_labels = [label for label, *_ in layouts_of("Dense-1", 4)]
     labels = [label for label, *_ in layouts_of("Dense-2", 4)]
     assert len(labels) == 4 and set(labels) < set(all_labels)
+    kernels["program/own/kernel"] = (6, 8)
+    meshes = [sizes for _, sizes, *_ in layouts_of("Dense-2", 4)]
+    assert all(sizes in meshes for sizes, _ in MESHES[4])
     # Of a front the input is whole, or cut over an axis.
     del kernels["program/own/kernel"]
     assert count(2) == [2, 1]

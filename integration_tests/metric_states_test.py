@@ -203,14 +203,18 @@ PROGRAMS = [validated, changed_in_an_epoch, evaluated_in_an_epoch, alternating]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_between_steps(program, world_size):
+def test_between_steps(program):
     expected = parity.run(program, make_model)
-    distributions = {"data": keras.distribution.DataParallel()}
-    if world_size == 4:
-        layouts = {"up/kernel": (None, "model"), "down/kernel": ("model", None)}
-        # A state of a metric that is cut, too.
-        layouts["spread/total"] = ("model",)
-        distributions["both"] = parity.model_parallel((2, 2), layouts)
+    layouts = {
+        "up/kernel": (None, "model"),
+        "down/kernel": ("model", None),
+        # A state of a metric.
+        "spread/total": ("model",),
+    }
+    distributions = {
+        "data": keras.distribution.DataParallel(),
+        "both": parity.model_parallel((2, 2), layouts),
+    }
     for name, distribution in distributions.items():
         actual = parity.run(program, make_model, distribution)
         parity.assert_equal_on_all(name, actual, expected)

@@ -64,9 +64,13 @@ def conv_of_images(x, n):
 
 
 def embedding(x, n):
-    """Of positions that numbers fall into; no gradient goes through."""
+    """Of positions that numbers fall into.
+
+    Added to what came: after rows that are all equal, one normalisation and
+    another make rounding larger than any bound.
+    """
     positions = keras.ops.cast(keras.ops.abs(x[..., 0]) * 3, "int32") % n
-    return layers.Embedding(n, x.shape[-1])(positions)
+    return layers.Add()([x, layers.Embedding(n, x.shape[-1])(positions)])
 
 
 def grouped(x, n):
@@ -178,15 +182,9 @@ def check(length, width, blocks, mesh, seed):
     layouts = layouts_of(expected["weights"], names, seed)
     distribution = parity.model_parallel(shape, layouts, names)
     actual = parity.train(make_model, x, y, distribution)
-    # What is zero but for rounding, as the gradient of a bias before a
-    # normalisation, is none of it: gradients are measured by the largest.
-    gradients = expected["gradients"]
-    largest = [np.abs(g).max() for g in gradients.values() if g is not None]
-    whole = {
-        **expected,
-        "gradients": dict.fromkeys(gradients, np.array(largest)),
-    }
-    parity.assert_same(actual, expected, 2e-4, whole)
+    # Through normalisations of few numbers. A gradient that is zero but for
+    # rounding, as of a bias before a normalisation, is rounding.
+    parity.assert_same(actual, expected, 3e-4)
 
 
 # Found once: a bias that one axis cut before another had been gathered.

@@ -97,14 +97,13 @@ def state_of(model):
     }
 
 
-def distributions(world_size):
+def distributions():
     yield "data", keras.distribution.DataParallel()
-    if world_size == 4:
-        layouts = {"up/kernel": (None, "model"), "out/kernel": ("model", None)}
-        yield "both", parity.model_parallel((2, 2), layouts)
+    layouts = {"up/kernel": (None, "model"), "out/kernel": ("model", None)}
+    yield "both", parity.model_parallel((2, 2), layouts)
 
 
-def check(make_module, shape, world_size, make_alone=None):
+def check(make_module, shape, make_alone=None):
     x, y = data(shape)
 
     def program(model):
@@ -118,7 +117,7 @@ def check(make_module, shape, world_size, make_alone=None):
     expected = parity.run(
         program, lambda: make_model(make_alone or make_module, shape)
     )
-    for name, distribution in distributions(world_size):
+    for name, distribution in distributions():
         actual = parity.run(
             program, lambda: make_model(make_module, shape), distribution
         )
@@ -126,26 +125,26 @@ def check(make_module, shape, world_size, make_alone=None):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training(case, world_size):
-    check(*CASES[case], world_size)
+def test_training(case):
+    check(*CASES[case])
 
 
-def test_gradients(world_size):
+def test_gradients():
     make_module, shape = CASES["in a stack"]
     x, y = data(shape)
-    for _, distribution in distributions(world_size):
+    for _, distribution in distributions():
         parity.assert_parity(
             lambda: make_model(make_module, shape), x[:7], y[:7], distribution
         )
 
 
-def test_synchronized(world_size):
+def test_synchronized():
     """torch runs it on GPUs only, where it counts uneven rows alike."""
 
     def make_module():
         return nn.SyncBatchNorm(CHANNELS)
 
-    check(make_module, (2,), world_size, lambda: nn.BatchNorm1d(CHANNELS))
+    check(make_module, (2,), lambda: nn.BatchNorm1d(CHANNELS))
 
 
 def test_half_precision():
@@ -180,7 +179,7 @@ def test_one_value():
         assert all("more than 1 value" in outcome for outcome in outcomes)
 
 
-def test_files(tmp_path, world_size):
+def test_files(tmp_path):
     """Running statistics are kept with the weights."""
     make_module, shape = CASES["in a stack"]
     x, y = data(shape)
@@ -188,7 +187,7 @@ def test_files(tmp_path, world_size):
     def make():
         return make_model(make_module, shape)
 
-    for name, distribution in distributions(world_size):
+    for name, distribution in distributions():
         with distribution.scope():
             model = make()
             model.fit(x, y, batch_size=BATCH, verbose=0)
