@@ -9,6 +9,7 @@ import datetime
 import functools
 import time
 import types
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -841,19 +842,33 @@ def test_saliency_with_frozen_weights(world_size):
     check(program, world_size)
 
 
-def test_recomputed_activations(world_size):
+def run_in_thread(function):
+    """As autograd runs backward of what lies on a GPU."""
+    with futures.ThreadPoolExecutor(max_workers=1) as thread:
+        thread.submit(function).result()
+
+
+in_threads = pytest.mark.parametrize(
+    "run_backward", [lambda f: f(), run_in_thread], ids=["here", "in a thread"]
+)
+
+
+@in_threads
+def test_recomputed_activations(world_size, run_backward):
     """Under `RematScope` backward runs layers again, with their collectives."""
 
     def program():
         with keras.RematScope(mode="full"):
             model = mlp()
-            backward(model, normal(4))
+            loss = ops.mean(model(our_rows(normal(4)), training=True) ** 2)
+            run_backward(loss.backward)
         return gradients(model)
 
     check(program, world_size)
 
 
-def test_torch_checkpoint(world_size):
+@in_threads
+def test_torch_checkpoint(world_size, run_backward):
     def program():
         first, second = mlp(), layers.Dense(4, name="row")
         second.build((None, 2))
@@ -862,7 +877,7 @@ def test_torch_checkpoint(world_size):
             our_rows(normal(4)),
             use_reentrant=False,
         )
-        ops.mean(y**2).backward()
+        run_backward(ops.mean(y**2).backward)
         return gradients(first) | {
             v.name: numpy(v.value.grad) for v in second.variables
         }

@@ -171,6 +171,7 @@ def set_distribution(value):
     if hasattr(value, "activate"):
         value.activate()
     released_set_distribution(value)
+    context_lib.set_last(value)
     context = context_lib.current()
     # Kept beside the distribution, as `clear_session` drops both.
     global_state.set_global_attribute(REPLICATION, None)

@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch.distributed.tensor import Replicate
 
 from keras.src.backend.common import global_state
@@ -14,6 +15,15 @@ logger = logging.getLogger("keras.distribution")
 ATTRIBUTE = "_torch_context"
 
 
+# The distribution that was set last, by whichever thread.
+_last = [None]
+
+
+def set_last(distribution):
+    """To be called with each distribution that is set, and with None."""
+    _last[0] = distribution
+
+
 def current():
     """The `Context` of the current distribution, None without one.
 
@@ -22,8 +32,19 @@ def current():
     """
     distribution = global_state.get_global_attribute("distribution")
     if distribution is None:
-        return None
+        if _last[0] is None or not _is_in_backward():
+            return None
+        # Keras keeps a distribution for the thread that set it. Backward of
+        # what lies on a GPU runs in a thread of autograd's, and may run layers
+        # again there (activation checkpointing).
+        distribution = _last[0]
     return getattr(distribution, ATTRIBUTE, None)
+
+
+def _is_in_backward():
+    """Whether autograd runs a backward pass in this thread."""
+    # No public name in torch 2.13; torch's checkpointing asks it too.
+    return torch._C._current_graph_task_id() != -1
 
 
 class Context:
