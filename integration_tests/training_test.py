@@ -146,6 +146,25 @@ def test_evaluate_and_predict(kind, world_size):
     assert_as_alone(program, world_size)
 
 
+def test_predictions_of_every_dtype(world_size):
+    """Of those that no backend sends, too."""
+    dtypes = "bool", "float16", "int8", "int16", "int64", "uint8"
+    x, _ = data()
+
+    def make_casting_model():
+        inputs = keras.Input((FEATURES,))
+        x = layers.Dense(8, name="up")(inputs)
+        outputs = [ops.cast(ops.round(9 * ops.abs(x)), d) for d in dtypes]
+        return keras.Model(inputs, outputs, name="model")
+
+    def program(model):
+        outputs = model.predict(x, batch_size=7, verbose=0)
+        assert [str(y.dtype) for y in outputs] == list(dtypes)
+        return [y.astype("float32") for y in outputs]
+
+    assert_as_alone(program, world_size, make_casting_model)
+
+
 def test_single_batches(world_size):
     x, y = data(7)
 

@@ -18,6 +18,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+# What both gloo and NCCL send in torch 2.13. Other numbers travel as bytes.
+SENT = {
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+}
+
 
 def whole_gradient(grad):
     """A gradient as a plain, whole tensor.
@@ -48,24 +60,30 @@ def shard_of(x, dim, group):
     return x.narrow(dim, start, stop - start)
 
 
+def of_each_process(x, group):
+    """The tensors of all processes of a group, in a new first dim.
+
+    Args:
+        x: tensor, of one shape and dtype on all processes.
+        group: the process group.
+    """
+    result = x.new_empty((dist.get_world_size(group), *x.shape))
+    theirs, ours = result.view(-1), x.contiguous().view(-1)
+    if x.dtype not in SENT:
+        theirs, ours = theirs.view(torch.uint8), ours.view(torch.uint8)
+    dist.all_gather_single(theirs, ours, group=group)
+    return result
+
+
 def all_gather(x, dim, size, group):
     """The whole tensor, of `size` along `dim`, from the shards of a group."""
-    if x.dtype == torch.bool:
-        # gloo has no booleans.
-        x = x.contiguous().view(torch.uint8)
-        return all_gather(x, dim, size, group).view(torch.bool)
     shards = dist.get_world_size(group)
     width = -(-size // shards)
     if x.shape[dim] != width:
         padding = list(x.shape)
         padding[dim] = width - x.shape[dim]
         x = torch.cat([x, x.new_zeros(padding)], dim)
-    result = x.new_empty((shards, *x.shape))
-    dist.all_gather_single(
-        result.flatten(0, 1) if x.ndim else result,
-        x.contiguous(),
-        group=group,
-    )
+    result = of_each_process(x, group)
     if dim == 0:
         # Not by `view`: a dim that another axis has cut may be empty.
         result = result.flatten(0, 1)

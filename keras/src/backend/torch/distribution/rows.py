@@ -164,17 +164,10 @@ def gather(x, context):
     """
     sizes = [stop - start for start, stop in ranges(context)]
     x = x[: sizes[context.data_index]]
-    shards, largest = len(sizes), max(sizes)
-    padded = x.new_zeros((largest, *x.shape[1:]))
+    padded = x.new_zeros((max(sizes), *x.shape[1:]))
     padded[: x.shape[0]] = x
-    everything = padded.new_empty((shards * largest, *x.shape[1:]))
-    as_bytes = padded.dtype == torch.bool
-    if as_bytes:
-        padded, everything = padded.byte(), everything.byte()
-    dist.all_gather_single(everything, padded, group=context.data_group)
-    pieces = everything.view(shards, largest, *x.shape[1:])
-    result = torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
-    return result.bool() if as_bytes else result
+    pieces = collectives.of_each_process(padded, context.data_group)
+    return torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
 
 
 class GatherForLoss(torch.autograd.Function):
