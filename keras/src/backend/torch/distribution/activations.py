@@ -18,6 +18,9 @@ def enter(x, mesh):
     if isinstance(x, DTensor):
         y = sharded.reduced(x)
     elif isinstance(x, torch.Tensor) and x.is_floating_point():
+        if x.device.type != mesh.device_type:
+            # As Keras's own operations take what a program hands them.
+            x = x.to(mesh.device_type)
         y = sharded.Enter.apply(x, mesh, replicate(mesh), tuple(x.shape))
     else:
         return x

@@ -117,6 +117,9 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
         `Operands`.
     """
     x, x_placements = activations.local(inputs, mesh)
+    if x.device != kernel.device:
+        # As Keras's own operations take what a program hands them.
+        x = x.to(kernel.device)
     placements, sums, shared = [], [], []
     gathers, columns, slices = [], [], []
     cut_dims = [dim_of(p) for p in kernel_placements]

@@ -53,11 +53,11 @@ def look_up(layer, indices, context):
             processes (on a GPU it is a device-side assertion, as with torch's
             own embedding).
     """
-    indices = indices.long()
     vocabulary, width = layer._embeddings.shape
     table, table_placements = storage.operand(
         storage.read_stored(layer._embeddings), context
     )
+    indices = indices.to(table.device, torch.long)
     # Keras counts negative indices from the end.
     indices = torch.where(indices < 0, indices + vocabulary, indices)
     placements, sums = [], []

@@ -1,6 +1,7 @@
 """The processes: how they find each other, agree on a seed and part again."""
 
 import atexit
+import logging
 import os
 import random
 
@@ -8,6 +9,8 @@ import torch
 import torch.distributed as dist
 
 from keras.src.backend.torch import core
+
+logger = logging.getLogger("keras.distribution")
 
 DEFAULT_PORT = 29500
 
@@ -205,14 +208,33 @@ def _join(world, rank, **rendezvous):
             else rank
         ) % torch.cuda.device_count()
         torch.cuda.set_device(index)
-        # NCCL refuses two processes on one GPU; gloo serves them.
-        if _processes_on_this_host() <= torch.cuda.device_count():
+        lacks = _what_nccl_lacks()
+        if lacks is None:
             backend = "cpu:gloo,cuda:nccl"  # gloo for what the host reads
             options["device_id"] = torch.device("cuda", index)
+        elif rank == 0:
+            logger.warning(
+                "Processes talk by gloo, through the memory of the host, which "
+                "is slower than NCCL: %s.",
+                lacks,
+            )
     dist.init_process_group(
         backend, world_size=world, rank=rank, **rendezvous, **options
     )
     atexit.register(_leave, dist.group.WORLD)
+
+
+def _what_nccl_lacks():
+    """Why the GPUs here cannot talk by NCCL, None if they can."""
+    processes, gpus = _processes_on_this_host(), torch.cuda.device_count()
+    if not dist.is_nccl_available():
+        return "this build of torch has no NCCL"
+    if processes > gpus:
+        return (
+            f"it takes a GPU for each process, and {processes} processes "
+            f"share {gpus}"
+        )
+    return None
 
 
 def _leave(group):

@@ -179,3 +179,39 @@ def test_agree_on_seed_of_different_seeds(fake_world, monkeypatch):
     Seed(monkeypatch, 5, [1, 6])
     with pytest.raises(ValueError, match="same random seed.*seed 5.*6 on proc"):
         process_group.agree_on_seed()
+
+
+@pytest.mark.parametrize(
+    "has_nccl, gpus, lacks",
+    [
+        (True, 2, None),
+        (True, 1, "2 processes share 1"),
+        (False, 2, "no NCCL"),
+    ],
+)
+def test_backend_on_gpus(no_world, monkeypatch, caplog, has_nccl, gpus, lacks):
+    joined = {}
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(process_group, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda backend, **kwargs: joined.update(backend=backend, **kwargs),
+    )
+    monkeypatch.setattr(process_group.atexit, "register", lambda *args: None)
+    for rank in (0, 1):
+        process_group._join(2, rank)
+    if lacks is None:
+        assert joined["backend"] == "cpu:gloo,cuda:nccl"
+        assert joined["device_id"] == torch.device("cuda", 1)
+        assert not caplog.records
+    else:
+        assert joined["backend"] == "gloo"
+        assert "device_id" not in joined
+        # Said once, with the reason.
+        assert [lacks in record.getMessage() for record in caplog.records] == [
+            True
+        ]
