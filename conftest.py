@@ -19,6 +19,12 @@ def pytest_addoption(parser):
         help="print how far each integration test's numbers are from those of "
         "one device, at most",
     )
+    parser.addoption(
+        "--simulate-gpu",
+        action="store_true",
+        help="run the integration tests, those of a GPU too, on a device that "
+        "torch takes for a GPU and that computes on the host",
+    )
 
 
 def pytest_configure(config):

@@ -17,6 +17,7 @@ from concurrent import futures
 import pytest
 
 from integration_tests import rank_report
+from integration_tests import simulated_gpu
 from integration_tests import worlds
 from integration_tests.process_set import ProcessSet
 
@@ -66,6 +67,10 @@ class Launcher:
             if size is not None and not worlds.lacks_gpu(item):
                 kind = size, worlds.needs_gpu(item)
                 by_kind.setdefault(kind, []).append(item)
+        if by_kind and self.config.getoption("simulate_gpu", False):
+            self.variables[simulated_gpu.VARIABLE] = str(
+                simulated_gpu.build(self.config._tmp_path_factory.mktemp("gpu"))
+            )
         for kind, own in by_kind.items():
             world = World(self.config, self.variables, *kind, own)
             self.worlds[kind] = world

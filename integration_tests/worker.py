@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from integration_tests import process
+from integration_tests import simulated_gpu
 from integration_tests import worlds
 
 
@@ -106,6 +107,8 @@ def main():
     threading.Thread(
         target=end_with, args=[settings["parent"]], daemon=True
     ).start()
+    if simulated_gpu.VARIABLE in os.environ:
+        simulated_gpu.install()
     worker = Worker(Connection(settings["connection"]))
     status = pytest.main(settings["arguments"], plugins=[worker])
     leave(status)
