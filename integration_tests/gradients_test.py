@@ -777,6 +777,40 @@ def test_added_losses_and_regularizers(world_size):
     check(program, world_size)
 
 
+def test_regularizers_of_ones_own(world_size, rank, caplog):
+    """What does not run on shards runs on the whole value, which is said."""
+
+    def largest_differences(w):
+        return ops.sum(ops.max(w[1:] - w[:-1], axis=0) ** 2)
+
+    def on_plain_tensors_alone(w):
+        w = w.value
+        if isinstance(w, DTensor):
+            raise NotImplementedError("no shards, please")
+        return torch.linalg.matrix_norm(w, "nuc")
+
+    def program():
+        inputs = keras.Input((4,))
+        x = inputs
+        for i, penalty in enumerate(
+            [largest_differences, on_plain_tensors_alone]
+        ):
+            for name in ("column", "row", "spread"):
+                x = layers.Dense(
+                    8, kernel_regularizer=penalty, name=f"{name}_{i}"
+                )(x)
+        model = keras.Model(inputs, x)
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        logs = [model.train_on_batch(normal(4), normal(8)) for _ in range(2)]
+        return logs, gradients(model), weights(model)
+
+    check(program, world_size)
+    said = [r.getMessage() for r in caplog.records if "regularizer" in r.msg]
+    # Once for each kernel that is cut, under one distribution or another.
+    assert len(said) == (0 if rank else 3)
+    assert all("NotImplementedError: no shards, please" in s for s in said)
+
+
 def test_gradients_of_our_rows(world_size):
     """Of a sum over rows they are one device's, for our rows; of a mean, whose
     divisor is that of our rows, they are larger by (all) / (our rows)."""
