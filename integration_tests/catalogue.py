@@ -10,6 +10,7 @@ import torch
 
 import keras
 from keras import layers
+from keras import ops
 
 ROWS = 4
 IMAGE = (8, 6, 3)
@@ -57,7 +58,7 @@ class Case:
         if self.function is not None:
             return self.function(layer, *inputs)
         kwargs = {
-            name: torch.from_numpy(value[rows])
+            name: ops.convert_to_tensor(value[rows])
             if isinstance(value, np.ndarray)
             else value
             for name, value in self.kwargs.items()

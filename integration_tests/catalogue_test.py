@@ -112,7 +112,7 @@ def run(case, distribution=None, again=True):
     ours = slice(index * rows, (index + 1) * rows)
     with scope:
         program = Program(case, ours)
-        inputs = [torch.from_numpy(x[ours]) for x in case.inputs()]
+        inputs = [keras.ops.convert_to_tensor(x[ours]) for x in case.inputs()]
         for x in inputs:
             x.requires_grad_(x.is_floating_point())
         y = program(inputs)

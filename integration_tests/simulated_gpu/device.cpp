@@ -18,7 +18,6 @@
 #include <torch/library.h>
 
 #include <cstring>
-#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -172,6 +171,14 @@ struct Call {
   // Tensors with dims that are the host's own.
   std::vector<at::Tensor> of_host;
 
+  c10::Storage on_host(const c10::Storage& storage) {
+    if (storage.device_type() == DeviceType::CPU) return storage;
+    for (const auto& [gpu, host] : storages)
+      if (gpu.is_alias_of(storage)) return host;
+    storages.emplace_back(storage, renamed(storage, kHost));
+    return storages.back().second;
+  }
+
   at::Tensor on_host(const at::Tensor& x) {
     if (!x.defined()) return x;
     if (!x.is_cuda()) {
@@ -180,14 +187,7 @@ struct Call {
     }
     for (const auto& [gpu, host] : tensors)
       if (gpu.is_same(x)) return host;
-    std::optional<c10::Storage> storage;
-    for (const auto& [gpu, host] : storages)
-      if (gpu.is_alias_of(x.storage())) storage = host;
-    if (!storage) {
-      storage = renamed(x.storage(), kHost);
-      storages.emplace_back(x.storage(), *storage);
-    }
-    auto result = tensor_over(*storage, x);
+    auto result = tensor_over(on_host(x.storage()), x);
     if (x.unsafeGetTensorImpl()->is_wrapped_number())
       result.unsafeGetTensorImpl()->set_wrapped_number(true);
     tensors.emplace_back(x, result);
@@ -234,6 +234,10 @@ const std::set<std::string> kMixing = {
     "_index_put_impl_", "_unsafe_index", "copy_", "index", "index_put",
     "index_put_"};
 
+// Those that ask for a library of a GPU's.
+const std::set<std::string> kLibraries = {
+    "_use_cudnn_ctc_loss", "_use_miopen_ctc_loss"};
+
 // The kernel of all operators.
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
@@ -241,6 +245,11 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const bool is_aten = schema.name().rfind("aten::", 0) == 0;
   const auto name = is_aten ? schema.name().substr(6) : schema.name();
   const auto begin = stack->size() - arguments.size();
+  if (is_aten && kLibraries.count(name)) {
+    torch::jit::drop(*stack, arguments.size());
+    torch::jit::push(*stack, false);
+    return;
+  }
   Call call;
   if (name == "copy_") {
     const auto& to = stack->at(begin).toTensor();
