@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import sysconfig
+import types
 
 NAME = "simulated_gpu_device"
 HERE = pathlib.Path(__file__).parent
@@ -90,6 +91,9 @@ def install():
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
     cuda.get_device_capability = lambda device=None: (9, 0)
+    cuda.get_device_properties = lambda device=None: types.SimpleNamespace(
+        name="simulated", major=9, minor=0
+    )
     cuda.manual_seed = lambda seed: device.manual_seed(seed)
     cuda.manual_seed_all = lambda seed: device.manual_seed(seed)
     cuda.set_sync_debug_mode = lambda mode: device.set_sync_debug_mode(

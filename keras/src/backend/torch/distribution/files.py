@@ -45,18 +45,19 @@ def rmtree(path):
     _on_first(file_utils.rmtree, path)
 
 
-def on_all(function, path, *args, **kwargs):
+def on_all(function, path, *args, errors=OSError, **kwargs):
     """Calls a function; raises on all processes if one of them fails.
 
     Collective under a distribution: every process calls it.
 
     Args:
         path: what is written, for the error of the other processes.
+        errors: the class of what may go wrong.
     """
     error = result = None
     try:
         result = function(*args, **kwargs)
-    except OSError as e:
+    except errors as e:
         error = e
     if logs.any_process(error is not None):
         raise error or OSError(
