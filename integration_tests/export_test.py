@@ -7,6 +7,7 @@ import torch
 import keras
 from integration_tests import everyone
 from integration_tests import parity
+from integration_tests import simulated_gpu
 from keras import layers
 
 pytestmark = [pytest.mark.world(2), pytest.mark.limit(90)]
@@ -37,6 +38,7 @@ def data():
     return x, rng.standard_normal((7, 4)).astype("float32")
 
 
+@simulated_gpu.needs_storages
 @pytest.mark.parametrize("shape", [None, (1, 2), (2, 1)])
 def test_export(shape, tmp_path, rank, capfd):
     x, y = data()

@@ -1,7 +1,5 @@
 """Batch norms of torch modules are of the global batch, as on one device."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -182,10 +180,7 @@ def test_one_value():
         assert all("more than 1 value" in outcome for outcome in outcomes)
 
 
-@pytest.mark.skipif(
-    simulated_gpu.VARIABLE in os.environ,
-    reason="the simulated GPU has no storages that torch could unpickle",
-)
+@simulated_gpu.needs_storages
 def test_files(tmp_path):
     """Running statistics are kept with the weights."""
     make_module, shape = CASES["in a stack"]

@@ -14,10 +14,17 @@ import sys
 import sysconfig
 import types
 
+import pytest
+
 NAME = "simulated_gpu_device"
 HERE = pathlib.Path(__file__).parent
 # What names the built device to the processes.
 VARIABLE = "INTEGRATION_TESTS_SIMULATED_GPU"
+# Marks what writes or reads torch's own files.
+needs_storages = pytest.mark.skipif(
+    VARIABLE in os.environ,
+    reason="the simulated GPU has no storages that torch could pickle",
+)
 SYNC_DEBUG_MODES = {"default": 0, "warn": 1, "error": 2}
 
 
