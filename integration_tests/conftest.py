@@ -38,6 +38,11 @@ def pytest_configure(config):
     )
     if worlds.is_launched():
         return
+    if IS_PROCESS and config.getoption("simulate_gpu", False):
+        raise pytest.UsageError(
+            "`--simulate-gpu` gives a GPU to the processes that pytest starts "
+            "itself: run it without torchrun."
+        )
     if IS_PROCESS:
         from integration_tests.process import TorchrunProcess
 

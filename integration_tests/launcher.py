@@ -68,9 +68,12 @@ class Launcher:
                 kind = size, worlds.needs_gpu(item)
                 by_kind.setdefault(kind, []).append(item)
         if by_kind and self.config.getoption("simulate_gpu", False):
-            self.variables[simulated_gpu.VARIABLE] = str(
-                simulated_gpu.build(self.config._tmp_path_factory.mktemp("gpu"))
-            )
+            folder = self.config._tmp_path_factory.mktemp("gpu")
+            try:
+                device = simulated_gpu.build(folder)
+            except RuntimeError as error:
+                pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
+            self.variables[simulated_gpu.VARIABLE] = str(device)
         for kind, own in by_kind.items():
             world = World(self.config, self.variables, *kind, own)
             self.worlds[kind] = world
