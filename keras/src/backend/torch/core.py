@@ -11,6 +11,7 @@ from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import own_code
+from keras.src.backend.torch.distribution import penalties
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
@@ -103,7 +104,7 @@ class Variable(upstream.Variable):
     def regularizer(self):
         if self._regularizer is None or not isinstance(self._value, DTensor):
             return self._regularizer
-        return functools.partial(storage.penalty, self._regularizer)
+        return functools.partial(penalties.penalty, self._regularizer)
 
     @regularizer.setter
     def regularizer(self, value):
