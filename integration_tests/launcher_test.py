@@ -177,6 +177,7 @@ def run_cases(folder, cases, *command, options=()):
     for path in HERE.glob("*.py"):
         if not path.name.endswith("_test.py"):
             shutil.copy(path, copy)
+    shutil.copytree(HERE / "simulated_gpu", copy / "simulated_gpu")
     (copy / "case_test.py").write_text(textwrap.dedent(cases))
     (folder / "pytest.ini").write_text(
         "[pytest]\n"
