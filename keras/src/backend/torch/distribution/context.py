@@ -1,6 +1,7 @@
 """What the current distribution means for this process."""
 
 import logging
+import weakref
 
 import torch
 from torch.distributed.tensor import Replicate
@@ -15,13 +16,23 @@ logger = logging.getLogger("keras.distribution")
 ATTRIBUTE = "_torch_context"
 
 
-# The distribution that was set last, by whichever thread.
+class _Set:
+    """A distribution that is set, for as long as Keras's state keeps this."""
+
+    def __init__(self, distribution):
+        self.distribution = distribution
+
+
+# A weak reference to what was set last, by whichever thread, or None.
 _last = [None]
 
 
 def set_last(distribution):
     """To be called with each distribution that is set, and with None."""
-    _last[0] = distribution
+    kept = None if distribution is None else _Set(distribution)
+    # Beside the distribution, as `clear_session` drops both.
+    global_state.set_global_attribute("_torch_set", kept)
+    _last[0] = None if kept is None else weakref.ref(kept)
 
 
 def current():
@@ -32,12 +43,13 @@ def current():
     """
     distribution = global_state.get_global_attribute("distribution")
     if distribution is None:
-        if _last[0] is None or not _is_in_backward():
-            return None
         # Keras keeps a distribution for the thread that set it. Backward of
         # what lies on a GPU runs in a thread of autograd's, and may run layers
         # again there (activation checkpointing).
-        distribution = _last[0]
+        kept = None if _last[0] is None else _last[0]()
+        if kept is None or not _is_in_backward():
+            return None
+        distribution = kept.distribution
     return getattr(distribution, ATTRIBUTE, None)
 
 

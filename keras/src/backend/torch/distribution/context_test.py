@@ -1,10 +1,13 @@
+import threading
 import types
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
+from keras.src.backend.common import global_state
 from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import cuts
 from keras.src.distribution import distribution_lib
@@ -164,3 +167,48 @@ def test_current_with_one_process_is_none(fake_world):
     distribution = distribution_lib.ModelParallel(layout_map=LayoutMap(mesh))
     with distribution.scope():
         assert context_lib.current() is None
+
+
+def seen_in_backward(in_thread):
+    """What `current` gives in a backward pass, and outside of it."""
+    seen = []
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda _: seen.append(context_lib.current()))
+
+    def run():
+        (x * 2).sum().backward()
+        seen.append(context_lib.current())
+
+    if in_thread:
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    else:
+        run()
+    return seen
+
+
+def test_current_in_a_backward_pass_of_another_thread(fake_world):
+    fake_world(4)
+    assert seen_in_backward(True) == [None, None]
+    first = distribution_lib.DataParallel()
+    with first.scope():
+        context = context_lib.current()
+        assert seen_in_backward(False) == [context, context]
+        # Only there does autograd run what this thread has set up.
+        assert seen_in_backward(True) == [context, None]
+        with distribution_lib.DataParallel().scope():
+            inner = context_lib.current()
+            assert inner is not context
+            assert seen_in_backward(True) == [inner, None]
+        assert seen_in_backward(True) == [context, None]
+    assert seen_in_backward(True) == [None, None]
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_current_after_the_session_is_cleared(fake_world, in_thread):
+    fake_world(4)
+    distribution = distribution_lib.DataParallel()
+    distribution_lib.set_distribution(distribution)
+    global_state.clear_session(free_memory=False)
+    assert seen_in_backward(in_thread) == [None, None]
