@@ -63,6 +63,9 @@ def test_export(shape, tmp_path, rank, capfd):
     said = everyone.gather(capfd.readouterr().out.count("Saved PyTorch"))
     assert said == [1, 0]
     exported = torch.export.load(path).module()
+    # Weights are whole, and parameters as they were.
+    shapes = {tuple(p.shape) for p in exported.parameters()}
+    assert {tuple(v.shape) for v in model.trainable_variables} <= shapes
     actual = exported(keras.ops.convert_to_tensor(x[:1]))
     parity.assert_same(actual.detach().numpy(), expected)
 

@@ -60,10 +60,10 @@ def _whole_weights(model, keeps):
                         value, requires_grad=sharded.requires_grad
                     )
         for layer in model._flatten_layers() if keeps else ():
-            # The parameters that torch finds; made again when it looks.
+            # The parameters that torch finds.
             if hasattr(layer, "_torch_params"):
                 tracked.append((layer, layer._torch_params))
-                del layer._torch_params
+                layer._track_variables()
         if keeps:
             distribution_lib.set_distribution(None)
         yield
