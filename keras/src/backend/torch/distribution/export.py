@@ -40,7 +40,8 @@ def by_one_device(export):
 
 @contextlib.contextmanager
 def _whole_weights(model, keeps):
-    """Within it, there is no distribution, and variables hold whole values.
+    """Within it, a process that keeps them has no distribution, and its
+    variables hold whole values.
 
     Collective: every process enters it.
 
@@ -48,28 +49,34 @@ def _whole_weights(model, keeps):
         model: the model.
         keeps: bool, whether this process needs the values.
     """
-    stored, tracked = [], []
+    whole = []
+    for variable in model.variables:
+        stored = variable._value
+        if isinstance(stored, DTensor):
+            value = storage.whole(stored)
+            if keeps:
+                value = torch.nn.Parameter(value, stored.requires_grad)
+                whole.append((variable, stored, value))
+    if not keeps:
+        yield
+        return
+    # The parameters that torch finds.
+    tracked = [
+        (layer, layer._torch_params)
+        for layer in model._flatten_layers()
+        if hasattr(layer, "_torch_params")
+    ]
     distribution = distribution_lib.distribution()
     try:
-        for variable in model.variables:
-            if isinstance(variable._value, DTensor):
-                value, sharded = storage.whole(variable._value), variable._value
-                if keeps:
-                    stored.append((variable, sharded))
-                    variable._value = torch.nn.Parameter(
-                        value, requires_grad=sharded.requires_grad
-                    )
-        for layer in model._flatten_layers() if keeps else ():
-            # The parameters that torch finds.
-            if hasattr(layer, "_torch_params"):
-                tracked.append((layer, layer._torch_params))
-                layer._track_variables()
-        if keeps:
-            distribution_lib.set_distribution(None)
+        for variable, _, value in whole:
+            variable._value = value
+        for layer, _ in tracked:
+            layer._track_variables()
+        distribution_lib.set_distribution(None)
         yield
     finally:
-        for variable, value in stored:
-            variable._value = value
+        for variable, stored, _ in whole:
+            variable._value = stored
         for layer, parameters in tracked:
             layer._torch_params = parameters
         distribution_lib.set_distribution(distribution)
