@@ -183,11 +183,11 @@ def test_sequences():
 
 
 def test_what_costs_is_said(rank, caplog):
-    caplog.set_level(logging.WARNING, "keras.distribution")
-    program = fit(dense(), normal(CLASSES), contrast, epochs=2)
+    caplog.set_level(logging.INFO, "keras.distribution")
+    program = fit(dense(), normal(CLASSES), picked, epochs=2)
     program(keras.distribution.DataParallel())
-    said = [r.message for r in caplog.records if "contrast" in r.message]
-    assert len(said) == (rank == 0)
+    said = [r.message for r in caplog.records if "__getitem__" in r.message]
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("name", ["sum", "mean"])
@@ -292,23 +292,11 @@ def test_layers(function):
     assert_as_alone({"layer": fit(around(function), y, x=x)})
 
 
-def test_what_cannot_be_seen_is_said(rank, caplog):
-    """A layer that asks for numbers, and so may or may not reduce rows."""
-
-    class Asks(Own):
-        def compute_output_shape(self, input_shape):
-            return input_shape
-
+def test_numbers_that_a_layer_asks_for():
     def asks(layer, x):
-        return x * 2 if float(ops.max(ops.abs(x))) > 1e6 else x
+        return x * 2 if float(ops.max(ops.abs(x))) > 0.5 else x
 
-    def outputs(x):
-        return dense()(Asks(asks, name="own")(x))
-
-    caplog.set_level(logging.WARNING, "keras.distribution")
-    assert_as_alone({"asks": fit(outputs, normal(CLASSES), epochs=2)})
-    said = [r.message for r in caplog.records if "each row" in r.message]
-    assert len(said) == (rank == 0), said
+    assert_as_alone({"asks": fit(around(asks), normal(CLASSES), epochs=2)})
 
 
 def test_operations_of_a_model():
@@ -380,23 +368,21 @@ def test_metrics():
     assert_as_alone({"metrics": program})
 
 
-def test_a_batch_that_a_layer_has_seen_is_not_tried_again():
+def test_code_runs_as_often_as_on_one_device(rank):
     calls = []
 
     def counted(layer, x):
-        calls.append(x.device.type)
+        if x.device.type != "meta":
+            calls.append(tuple(x.shape))
         return batch_centred(layer, x)
 
-    tried = []
-    for epochs in (1, 3):
-        calls.clear()
-        program = fit(around(counted), normal(CLASSES), epochs=epochs)
-        program(keras.distribution.DataParallel())
-        batches = -(-ROWS // BATCH)
-        tried.append(calls.count("meta"))
-        # And `evaluate`.
-        assert len(calls) - tried[-1] == batches * (epochs + 1)
-    assert tried[0] == tried[1]
+    program = fit(around(counted), normal(CLASSES), epochs=3)
+    program(keras.distribution.DataParallel())
+    under_distribution = calls.copy()
+    calls.clear()
+    program()
+    # The reference is that of rank 0 alone.
+    assert under_distribution == calls or rank
 
 
 def test_sharded_weights():
@@ -423,14 +409,3 @@ def test_sharded_weights_on_two_axes():
         program = fit(around(function), normal(CLASSES), of_valid)
         distribution = parity.model_parallel((2, 2), layouts)
         assert_as_alone({function.__name__: program}, distribution)
-
-
-def test_tried_once_is_one_prime():
-    """Sizes of weights that a first prime divides."""
-
-    def outputs(x):
-        x = layers.Dense(1009, "tanh", name="up")(x)
-        return Own(batch_centred, name="own")(x)
-
-    y = np.zeros((ROWS, 1009), "float32")
-    assert_as_alone({"wide": fit(outputs, y)})

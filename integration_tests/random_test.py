@@ -235,5 +235,4 @@ def test_drawing_for_the_global_batch(world_size):
 def test_global_batch_of_local_rows(world_size):
     distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
     distribution.draw_global_batch = True
-    with pytest.raises(ValueError, match="auto_shard_dataset=False"):
-        losses(distribution)
+    assert np.isfinite(losses(distribution)).all()

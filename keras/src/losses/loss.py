@@ -3,9 +3,9 @@
 In a step, the loss of a data shard is such that the mean over shards, weighted
 with their rows, is the loss of the global batch (see `distribution/rows.py`).
 A mean over rows is that already. A divisor that is not the number of rows must
-be our share of the global one, and a sum must be extrapolated to all rows. What
-a loss of the user's own reduces by itself goes over all rows (see
-`distribution/own_code.py`).
+be our share of the global one, and a sum must be extrapolated to all rows.
+Losses of the user's own are computed on the global batch (see
+`distribution/global_rows`).
 """
 
 import torch
@@ -14,9 +14,8 @@ import torch.distributed as dist
 from keras.src import ops
 from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import trials
+from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.losses import loss as upstream
 
 __all__ = ["Loss", "apply_mask", "reduce_values"]
@@ -33,60 +32,25 @@ class Loss(upstream.Loss):
     __doc__ = upstream.Loss.__doc__
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        if own_code.context_in_step() is None or _is_of_keras(self):
+        if not borders.is_seen():
             return super().__call__(y_true, y_pred, sample_weight)
-        # Keras's own way, from what our `call` gives.
-        return ReleasedLoss.__call__(
-            _OverAllRows(self), y_true, y_pred, sample_weight
+        return borders.call_loss(
+            self, super().__call__, y_true, y_pred, sample_weight
         )
 
 
-class _OverAllRows:
-    """A loss whose own code goes over all rows."""
-
-    def __init__(self, loss):
-        self.loss = loss
-
-    def __getattr__(self, name):
-        return getattr(self.loss, name)
-
-    def call(self, y_true, y_pred):
-        loss = self.loss
-        values, is_of_rows = own_code.run(loss, loss.call, y_true, y_pred)
-        if loss.reduction == "sum" and values.ndim and not is_of_rows:
-            # Its sum is that of all rows, and will be extrapolated to them.
-            values = values * rows.weight(own_code.context_in_step())
-        return values
-
-
-def _is_of_keras(loss):
-    """Whether the code of a loss is Keras's, which treats rows one by one."""
-    code = (type(loss), getattr(loss, "fn", None))
-    return all(
-        part is None
-        or (getattr(part, "__module__", None) or "").startswith("keras.src.")
-        for part in code
-    )
-
-
-@trials.known
 def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
     """As Keras's.
 
     Collective in a step with `"mean_with_sample_weight"` and sample weights:
     every process of the data axis calls it.
     """
-    loss = _reduce_values(values, sample_weight, reduction)
-    return loss if loss is values else own_code.to_all(loss)
-
-
-def _reduce_values(values, sample_weight, reduction):
-    context = own_code.context_in_step()
+    context = rows.context_of_ours()
     if context is None or tuple(values.shape) == ():
         return released_reduce_values(values, sample_weight, reduction)
     if reduction == "sum":
-        weight = rows.weight(context)
-        return ops.sum(values) / weight if weight else ops.sum(values) * 0
+        share = rows.share(context)
+        return ops.sum(values) / share if share else ops.sum(values) * 0
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         return ops.divide_no_nan(
             ops.sum(values),
@@ -97,14 +61,13 @@ def _reduce_values(values, sample_weight, reduction):
     return released_reduce_values(values, sample_weight, reduction)
 
 
-@trials.known
 def apply_mask(sample_weight, mask, dtype, reduction):
     """As Keras's.
 
     Collective in a step with a mask and a mean: every process of the data axis
     calls it.
     """
-    context = own_code.context_in_step()
+    context = rows.context_of_ours()
     if context is None or mask is None or reduction not in MEANS[:2]:
         return released_apply_mask(sample_weight, mask, dtype, reduction)
     # Valid entries weigh `total / valid`, as released Keras has it.
@@ -124,9 +87,9 @@ def apply_mask(sample_weight, mask, dtype, reduction):
 
 def _our_share(divisor, context, dtype):
     """Our part, by rows, of the sum over data shards of a divisor."""
-    weight = rows.weight(context)
+    share = rows.share(context)
     total = divisor.detach().to(torch.float32)
     # Without rows of ours, what we computed on is not ours to count.
-    total = collectives.weighted(total, float(weight > 0)).clone()
+    total = collectives.weighted(total, float(share > 0)).clone()
     dist.all_reduce(total, group=context.data_group)
-    return (total * weight).to(dtype)
+    return (total * share).to(dtype)

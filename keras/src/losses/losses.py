@@ -8,7 +8,6 @@ from keras.src import backend
 from keras.src import ops
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import statistics
-from keras.src.backend.torch.distribution import trials
 from keras.src.losses import losses as upstream
 
 __all__ = ["circle", "dice", "tversky"]
@@ -18,7 +17,6 @@ released_dice = upstream.dice
 released_tversky = upstream.tversky
 
 
-@trials.known
 def dice(y_true, y_pred, axis=None):
     """As Keras's; in a step, over the rows of all data shards.
 
@@ -36,7 +34,6 @@ def dice(y_true, y_pred, axis=None):
     return 1 - 2.0 * both / (true + predicted + backend.epsilon())
 
 
-@trials.known
 def tversky(y_true, y_pred, alpha=0.5, beta=0.5, axis=None):
     """As Keras's; in a step, over the rows of all data shards.
 
@@ -59,7 +56,6 @@ def tversky(y_true, y_pred, alpha=0.5, beta=0.5, axis=None):
     return 1 - both / (both + missed * alpha + wrong * beta + backend.epsilon())
 
 
-@trials.known
 def circle(
     y_true, y_pred, ref_labels=None, ref_embeddings=None, *args, **kwargs
 ):
@@ -79,7 +75,7 @@ def circle(
     ]
     losses = released_circle(y_true, y_pred, None, None, *args, **kwargs)
     mask = backend.get_keras_mask(losses)
-    ours = slice(*rows.ranges(context)[context.data_index])
+    ours = slice(*rows.get_current_rows().ranges()[context.data_index])
     losses = losses[ours]
     backend.set_keras_mask(losses, mask[ours])
     return losses

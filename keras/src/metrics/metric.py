@@ -1,12 +1,17 @@
-"""Overlay: what a metric is told inside a layer's call stays local.
+"""Overlay: metrics of Keras's own count our rows.
 
-States are reduced after each step, by what they are: what a layer's own code
-reduces goes over all rows (see `distribution/own_code.py`), and a metric's
-must not.
+In a step in which code sees the global batch (see `distribution/global_rows`),
+an update of a metric of Keras's own runs on our rows, and its result is put off
+until the states of all data shards are known. A metric of the user's own is
+handed the global batch.
 """
 
+import functools
+
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution import trials
+from keras.src.backend.torch.distribution import put_off
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.global_rows import known
 from keras.src.metrics import metric as upstream
 
 __all__ = ["Metric"]
@@ -19,4 +24,27 @@ class Metric(upstream.Metric):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "update_state" in vars(cls):
-            cls.update_state = trials.known(cls.update_state)
+            cls.update_state = _on_our_rows(cls.update_state)
+        if "result" in vars(cls):
+            cls.result = _put_off(cls.result)
+
+
+def _on_our_rows(update_state):
+    @functools.wraps(update_state)
+    def update(self, *args, **kwargs):
+        if not borders.is_seen():
+            return update_state(self, *args, **kwargs)
+        function = functools.partial(update_state, self)
+        return borders.call_metric(self, function, args, kwargs)
+
+    return update
+
+
+def _put_off(result):
+    @functools.wraps(result)
+    def put_off_result(self):
+        if not borders.is_seen() or not known.is_known_metric(self):
+            return result(self)
+        return put_off.result(self, functools.partial(result, self))
+
+    return put_off_result

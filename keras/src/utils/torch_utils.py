@@ -2,7 +2,6 @@
 
 from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import batch_norm
-from keras.src.backend.torch.distribution import trials
 from keras.src.utils import torch_utils as upstream
 
 __all__ = ["TorchModuleWrapper"]
@@ -13,8 +12,5 @@ class TorchModuleWrapper(upstream.TorchModuleWrapper):
     __doc__ = upstream.TorchModuleWrapper.__doc__
 
     def call(self, *args, training=None, **kwargs):
-        scope = batch_norm.over_global_rows
-        if trials.is_trial():
-            scope = batch_norm.in_trial
-        with scope(self.module):
+        with batch_norm.without_own_synchronization(self.module):
             return super().call(*args, training=training, **kwargs)

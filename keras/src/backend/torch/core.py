@@ -8,13 +8,15 @@ from torch.distributed.tensor import DTensor
 from keras.src.backend.torch import core as upstream
 from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import cuts
+from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import penalties
+from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.gradients import keep_plain
 
 __all__ = ["Variable", "convert_to_numpy", "remat"]
@@ -80,6 +82,12 @@ class Variable(upstream.Variable):
 
     @modes.direct()
     def _direct_assign(self, value):
+        if _code_sees_global_batch():
+            state = metric_states.of_step(self)
+            if state is not None:
+                metric_states.assign(self, state, value)
+                return
+        value = carrier.whole(value)
         if isinstance(self._value, DTensor):
             self._initial_checksum = None
             storage.assign(self._value, value)
@@ -87,7 +95,14 @@ class Variable(upstream.Variable):
             super()._direct_assign(sharded.whole(value))
 
     def _maybe_autocast(self, value):
-        return storage.present(super()._maybe_autocast(value), self)
+        value = super()._maybe_autocast(value)
+        if _code_sees_global_batch():
+            state = metric_states.of_step(self)
+            if state is not None:
+                return metric_states.as_addend(
+                    value, state, modes.modes.step.shards
+                )
+        return storage.present(value, self)
 
     @property
     def trainable(self):
@@ -121,6 +136,10 @@ class Variable(upstream.Variable):
         )
 
 
+def _code_sees_global_batch():
+    return modes.modes.step is not None and not modes.modes.known
+
+
 def convert_to_numpy(x):
     """As Keras's; a DTensor becomes the whole array.
 
@@ -141,14 +160,14 @@ def remat(f):
 
     def wrapped(*args, **kwargs):
         again = modes.as_now()
-        over_rows = own_code.as_now()
+        our_rows = rows.get_current_rows()
         context = current()
 
         @again
         def function(*args, **kwargs):
             if context is None:
                 return f(*args, **kwargs)
-            with operators.on_shards(context), over_rows():
+            with operators.on_shards(context), rows.current_rows(our_rows):
                 return f(*args, **kwargs)
 
         return released_remat(function)(*args, **kwargs)

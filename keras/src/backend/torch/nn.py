@@ -10,13 +10,21 @@ from torch.distributed.tensor import Replicate
 
 from keras.src.backend.config import standardize_data_format
 from keras.src.backend.torch import nn as upstream
+from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import convolution
 from keras.src.backend.torch.distribution import cross_entropy
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import statistics
-from keras.src.backend.torch.distribution import trials
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
+from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    whole as whole_rows,
+)
 
 __all__ = [
     "adaptive_average_pool",
@@ -66,6 +74,35 @@ def _sharded_convolution(released, letters_of):
     return function
 
 
+def _of_rows(function, tensors):
+    """A function that treats each entry of dim 0 alike, of the global batch as
+    code in a step sees it.
+
+    Args:
+        function: a function of this file.
+        tensors: int, how many of its first arguments have a dim for rows.
+    """
+
+    @functools.wraps(function)
+    def on_rows(*args, **kwargs):
+        first = args[:tensors]
+        if (
+            len(first) == tensors
+            and is_rows(first[0])
+            and all(getattr(x, "at", 0) == 0 for x in first)
+            and not any(
+                type(x) is GlobalTensor
+                for x in (*args[tensors:], *kwargs.values())
+            )
+        ):
+            return borders.on_rows_of(
+                function, *args, tensors=tensors, **kwargs
+            )
+        return function(*args, **kwargs)
+
+    return on_rows
+
+
 def _on_channels(released):
     """A function of each row and each channel, on their shards.
 
@@ -87,18 +124,24 @@ def _on_channels(released):
     return function
 
 
-adaptive_average_pool = _on_channels(upstream.adaptive_average_pool)
-adaptive_max_pool = _on_channels(upstream.adaptive_max_pool)
-average_pool = _on_channels(upstream.average_pool)
-max_pool = _on_channels(upstream.max_pool)
+adaptive_average_pool, adaptive_max_pool, average_pool, max_pool = [
+    _of_rows(_on_channels(released), 1)
+    for released in (
+        upstream.adaptive_average_pool,
+        upstream.adaptive_max_pool,
+        upstream.average_pool,
+        upstream.max_pool,
+    )
+]
 # A separable convolution is a depthwise one and a plain one.
-conv = _sharded_convolution(upstream.conv, convolution.letters_of_convolution)
-conv_transpose = _sharded_convolution(
-    upstream.conv_transpose, convolution.letters_of_transposed
-)
-depthwise_conv = _sharded_convolution(
-    upstream.depthwise_conv, convolution.letters_of_depthwise
-)
+conv, conv_transpose, depthwise_conv = [
+    _of_rows(_sharded_convolution(released, letters_of), 1)
+    for released, letters_of in (
+        (upstream.conv, convolution.letters_of_convolution),
+        (upstream.conv_transpose, convolution.letters_of_transposed),
+        (upstream.depthwise_conv, convolution.letters_of_depthwise),
+    )
+]
 
 
 def dot_product_attention(
@@ -118,6 +161,8 @@ def dot_product_attention(
             `(batch, heads, query length, key length)`.
     """
     tensors = (query, key, value)
+    if all(is_rows(x) and x.at == 0 for x in tensors):
+        return _attention_of_rows(tensors, bias, mask, args, kwargs)
     if not any(isinstance(x, DTensor) for x in tensors):
         return released_dot_product_attention(
             query,
@@ -154,6 +199,25 @@ def dot_product_attention(
     )
     shape = (*query.shape[:3], value.shape[3])
     return sharded.Enter.apply(output, mesh, tuple(placements), shape)
+
+
+def _attention_of_rows(tensors, bias, mask, args, kwargs):
+    rows = tensors[0].rows
+
+    def ours(x):
+        if x is not None and x.ndim == 4 and x.shape[0] > 1:
+            return borders.our_rows(x, rows)
+        return whole_rows(x)
+
+    return borders.on_rows_of(
+        dot_product_attention,
+        *tensors,
+        ours(bias),
+        ours(mask),
+        *args,
+        tensors=3,
+        **kwargs,
+    )
 
 
 def _enter(x, mesh):
@@ -197,7 +261,6 @@ def _cut(x, mesh, placements, query_shape):
     return x
 
 
-@trials.known
 def moments(x, axes, keepdims=False, synchronized=False):
     """As Keras's; in a step, over the rows of the global batch.
 
@@ -210,6 +273,8 @@ def moments(x, axes, keepdims=False, synchronized=False):
     """
     x = upstream.convert_to_tensor(x)
     axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    if type(x) is GlobalTensor:
+        return released_moments(x, axes, keepdims)
     context = statistics.context_over_rows(x, axes, synchronized)
     if context is None:
         return released_moments(x, axes, keepdims)
@@ -227,7 +292,7 @@ def moments(x, axes, keepdims=False, synchronized=False):
     rows_now = rows.get_current_rows()
     if rows_now is not None:
         # Sums of the shards, over the size of the global batch.
-        share = rows_now.weight / max(size, 1)
+        share = rows_now.share / max(size, 1)
         pair = statistics.sum_over_data(pair * share, context)
     else:
         total = torch.tensor([size], dtype=torch.int64)
@@ -258,6 +323,8 @@ def sparse_categorical_crossentropy(target, output, from_logits=False, axis=-1):
     Collective along the model axes if `output` is a DTensor.
     """
     if not isinstance(output, DTensor):
+        if is_rows(output) and isinstance(output.local, DTensor):
+            output = activations.whole(output)
         return released_sparse_categorical_crossentropy(
             target, output, from_logits, axis
         )

@@ -18,6 +18,9 @@ from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.random.seed_generator import SeedGenerator
 
@@ -38,6 +41,8 @@ def _draws_for_rows(context):
         and context.data_size > 1
         and modes.calls
         and not modes.drawing
+        # What code draws that sees the global batch is for all of it.
+        and (modes.step is None or rows_lib.get_current_rows() is not None)
     )
 
 
@@ -55,11 +60,6 @@ def _batch(context):
     batch = rows_lib.get_current_rows()
     if batch is None or not context.distribution.draw_global_batch:
         return None
-    if batch.start is None:
-        raise ValueError(
-            "`draw_global_batch=True` needs to know which rows of the global "
-            "batch are drawn for. Received: auto_shard_dataset=False"
-        )
     return batch
 
 
@@ -94,7 +94,12 @@ uniform = _for_all_rows(upstream.uniform)
 
 def dropout(inputs, rate, noise_shape=None, seed=None):
     context = current()
-    if context is None or rate in (0.0, 1.0) or not modes.calls:
+    if (
+        context is None
+        or rate in (0.0, 1.0)
+        or not modes.calls
+        or type(inputs) is GlobalTensor
+    ):
         return released_dropout(inputs, rate, noise_shape, seed)
     batch = ours = None
     if _draws_for_rows(context):

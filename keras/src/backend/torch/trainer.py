@@ -16,10 +16,11 @@ from keras.src.backend.torch.distribution import feeding
 from keras.src.backend.torch.distribution import logs as logs_lib
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
-from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.global_rows import known
 
 __all__ = ["TorchEpochIterator", "TorchTrainer"]
 
@@ -52,6 +53,14 @@ class TorchTrainer(upstream.TorchTrainer):
     def predict(self, *args, **kwargs):
         return self._run("predict", args, kwargs)
 
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        context = current()
+        if context is not None and context.data_size > 1:
+            if iterator is not None and context.auto_shard:
+                # Layers are built for the rows of the global batch.
+                iterator = feeding.GlobalShapes(iterator)
+        super()._symbolic_build(iterator, data_batch)
+
     def _run(self, name, args, kwargs):
         """Keras's `fit`, `evaluate` or `predict`, seen once on the screen.
 
@@ -60,6 +69,14 @@ class TorchTrainer(upstream.TorchTrainer):
         method = getattr(super(), name)
         if current() is None:
             return method(*args, **kwargs)
+        known.forget()
+        for step in (
+            self.train_function,
+            self.test_function,
+            self.predict_function,
+        ):
+            if isinstance(step, Step):
+                step.is_known = None
         arguments = inspect.signature(method).bind(*args, **kwargs).arguments
         # What is gathered under `**kwargs` goes back to where it came from.
         arguments.update(arguments.pop("kwargs", {}))
@@ -92,18 +109,9 @@ class TorchTrainer(upstream.TorchTrainer):
     def _compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        def compute(x, y, y_pred, sample_weight):
-            return released_compute_loss(
-                self, x, y, y_pred, sample_weight, training
-            )
-
-        if type(self).compute_loss is TorchTrainer.compute_loss:
-            loss = compute(x, y, y_pred, sample_weight)
-        else:
-            # One of the user's own, which may reduce rows by itself.
-            loss, _ = own_code.run(
-                self, compute, x, y, y_pred, sample_weight, gathers=False
-            )
+        loss = released_compute_loss(
+            self, x, y, y_pred, sample_weight, training
+        )
         return activations.whole(loss)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -127,15 +135,20 @@ class Step:
 
     Collective under a distribution: every process calls it.
 
+    Code of Keras's own computes on our rows. A step that runs code of
+    somebody's own is handed the global batch: see `global_rows`.
+
     Args:
         model: the trainer.
         function: takes `[data]` and returns logs or outputs.
     """
 
+    name = "test_step"
+
     def __init__(self, model, function):
         self.model = model
         self.function = function
-        self.kinds_of_batches = set()
+        self.is_known = None  # Whether all code in it is Keras's own.
 
     def __call__(self, data):
         context = current()
@@ -144,32 +157,37 @@ class Step:
         checks.check_once(self.model, context)
         if not isinstance(data, rows.Batch):
             data = feeding.to_batch(data[0], context)
+        if self.is_known is None:
+            self.is_known = known.is_known_program(self.model, self.name)
+        if context.data_size > 1 and not self.is_known:
+            return self.on_global_batch(data, context)
         states = self.states(context)
         with (
+            modes.on_global_batch(None),
             rows.current_rows(data.rows),
             metric_states.local(states, context),
         ):
             with logs_lib.unchanged_by_no_rows(states, data.rows):
-                with self.compiled_if_known(data):
-                    logs = self.run(data)
+                logs = self.run(data)
             return self.finish(logs, context)
 
-    def compiled_if_known(self, data):
-        """Within it, a compiled step is run as written on a new kind of batch.
+    def on_global_batch(self, data, context):
+        """Runs the step where code sees the global batch."""
+        states = [v for v in self.states(context) if v.aggregation == "sum"]
+        with (
+            rows.current_rows(None),
+            metric_states.local(states, context),
+            borders.step(context) as step,
+            self.uncompiled(),
+        ):
+            logs = self.run([step.enter(data[0], data.rows)])
+            return self.finish_global(logs, states, context)
 
-        What it finds out there of the code that it runs, compiled code takes
-        as known (see `own_code`).
-        """
+    def uncompiled(self):
+        # torch's compiler does not trace the table: it would break the graph
+        # at each function of somebody's code.
         if not self.model.jit_compile:
             return contextlib.nullcontext()
-        kind = tuple(
-            (tuple(x.shape[1:]), str(x.dtype))
-            for x in tree.flatten(data[0])
-            if x is not None
-        )
-        if kind in self.kinds_of_batches:
-            return contextlib.nullcontext()
-        self.kinds_of_batches.add(kind)
         return torch.compiler.set_stance("force_eager")
 
     def states(self, context):
@@ -189,6 +207,11 @@ class Step:
     def finish(self, logs, context):
         return self.reduce(logs, False, context)[0]
 
+    def finish_global(self, logs, states, context):
+        return logs_lib.reduce_global_logs(
+            self.model.metrics, states, logs, False, context
+        )[0]
+
     def reduce(self, logs, stop, context):
         return logs_lib.reduce_logs(
             self.model.metrics, self.states(context), logs, stop, context
@@ -196,6 +219,8 @@ class Step:
 
 
 class TrainStep(Step):
+    name = "train_step"
+
     def run(self, data):
         step = getattr(self.model.train_step, "__func__", None)
         if step is not TorchTrainer.train_step:
@@ -209,8 +234,20 @@ class TrainStep(Step):
         )
         return logs
 
+    def finish_global(self, logs, states, context):
+        logs, self.model.stop_training = logs_lib.reduce_global_logs(
+            self.model.metrics,
+            states,
+            logs,
+            self.model.stop_training,
+            context,
+        )
+        return logs
+
 
 class PredictStep(Step):
+    name = "predict_step"
+
     def run(self, data):
         return self.function(data)
 
@@ -220,7 +257,7 @@ class PredictStep(Step):
             # Those of layers, which predictions update too.
             self.reduce({}, False, context)
         outputs = tree.map_structure(activations.whole, outputs)
-        if context.data_size == 1 or rows.get_current_rows().start is None:
+        if context.data_size == 1 or not context.auto_shard:
             # Rows were local from the start: so are those of the outputs.
             return outputs
         return tree.map_structure(
@@ -231,6 +268,14 @@ class PredictStep(Step):
             ),
             outputs,
         )
+
+    def finish_global(self, outputs, states, context):
+        if states:
+            logs_lib.reduce_global_logs(
+                self.model.metrics, states, {}, False, context
+            )
+        outputs = tree.map_structure(activations.whole, outputs)
+        return borders.leave(outputs, gathers=context.auto_shard)
 
 
 class AgreeOnStopping(callbacks_module.Callback):

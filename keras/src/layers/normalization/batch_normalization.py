@@ -4,7 +4,6 @@ from keras.src import backend
 from keras.src import ops
 from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import statistics
-from keras.src.backend.torch.distribution import trials
 from keras.src.layers.normalization import batch_normalization as upstream
 
 __all__ = ["BatchNormalization"]
@@ -19,7 +18,6 @@ class BatchNormalization(upstream.BatchNormalization):
         super().__init__(*args, **kwargs)
         self.synchronized = synchronized
 
-    @trials.known
     def _moments(self, inputs, mask):
         axes = self._reduction_axes
         context = statistics.context_over_rows(inputs, axes, self.synchronized)

@@ -11,10 +11,26 @@ from torch.distributed.tensor import Replicate
 from keras.src.backend.common.name_scope import current_path
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
+
+
+def of_rows(x, function, *args):
+    """`function` of the rows that a `GlobalTensor` holds; they stay rows."""
+    if x.pending is not None:
+        return x
+    y = GlobalTensor(function(x.local, *args), x.at, x.rows)
+    mask = getattr(x, "_keras_mask", None)
+    if mask is not None:
+        y._keras_mask = mask
+    return y
 
 
 def enter(x, mesh):
     """A tensor as a DTensor of the model mesh, not partial."""
+    if type(x) is GlobalTensor:
+        return of_rows(x, enter, mesh)
     if isinstance(x, DTensor):
         y = sharded.reduced(x)
     elif isinstance(x, torch.Tensor) and x.is_floating_point():
@@ -32,6 +48,8 @@ def enter(x, mesh):
 
 def leave(x):
     """What a layer hands on: never partial, plain if whole."""
+    if type(x) is GlobalTensor:
+        return of_rows(x, leave)
     if not isinstance(x, DTensor):
         return x
     y = sharded.reduced(x)
@@ -48,6 +66,8 @@ def whole(x):
 
     But for outputs whose layout the user's layout map asks for.
     """
+    if type(x) is GlobalTensor:
+        return of_rows(x, whole) if isinstance(x.local, DTensor) else x
     if not isinstance(x, DTensor) or getattr(x, sharded.REQUESTED, False):
         return x
     y = sharded.whole(x)

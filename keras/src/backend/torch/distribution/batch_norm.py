@@ -1,8 +1,8 @@
 """torch's batch norm, over the rows of the global batch.
 
-torch modules inside of a Keras model call `torch.nn.functional`; while one of
-them runs in a step, what looks at all rows there is caught and computed from
-the statistics of all data shards.
+torch modules inside of a Keras model call `torch.nn.functional`; in a step they
+are handed the global batch (see `global_rows`), whose table computes what looks
+at all rows from the statistics of all data shards.
 
 With `w` the share of a shard in the rows, and its mean `m` and variance `v`:
 mean = sum(w m), variance = sum(w (v + (m - mean)^2)), which does not subtract
@@ -17,66 +17,24 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import trials
-from keras.src.backend.torch.distribution.context import current
-
-NORMALIZATIONS = (
-    torch.nn.BatchNorm1d,
-    torch.nn.BatchNorm2d,
-    torch.nn.BatchNorm3d,
-    torch.nn.SyncBatchNorm,
-    torch.nn.InstanceNorm1d,
-    torch.nn.InstanceNorm2d,
-    torch.nn.InstanceNorm3d,
-)
+from keras.src.backend.torch.distribution.modes import modes
 
 
 @contextlib.contextmanager
-def over_global_rows(module):
-    """Within it, batch norms of a torch module are of the global batch.
-
-    It changes nothing outside of steps, where nobody knows whether all
-    processes get here.
-
-    Collective along the data axis with each batch norm, forward and backward.
-    """
-    context = current()
-    if context is None or rows.get_current_rows() is None:
-        yield
-        return
+def without_own_synchronization(module):
+    """Within it, in a step, torch's `SyncBatchNorm` is a plain batch norm: its
+    own counts a row once for each process that has it, and lets no process have
+    fewer rows."""
     with contextlib.ExitStack() as stack:
-        # Torch's own synchronisation counts a row once for each process that
-        # has it, and lets no process have fewer rows.
-        for each in module.modules():
-            if isinstance(each, torch.nn.SyncBatchNorm):
-                stack.enter_context(_as_plain_batch_norm(each))
-        if context.data_size > 1 and _may_look_at_all_rows(module):
-            stack.enter_context(_OverGlobalRows(context))
+        if modes.step is not None or rows.get_current_rows() is not None:
+            for each in module.modules():
+                if isinstance(each, torch.nn.SyncBatchNorm):
+                    stack.enter_context(_as_plain_batch_norm(each))
         yield
-
-
-@contextlib.contextmanager
-def in_trial(module):
-    """Within it, in a trial, a torch module writes into copies of its buffers,
-    and its batch norms, caught in the real run, do not mix rows."""
-    buffers = [
-        (owner, name, buffer)
-        for owner in module.modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-    ]
-    try:
-        for owner, name, buffer in buffers:
-            setattr(owner, name, buffer.detach().clone())
-        with trials.catching_batch_norms():
-            yield
-    finally:
-        for owner, name, buffer in buffers:
-            setattr(owner, name, buffer)
 
 
 @contextlib.contextmanager
@@ -86,30 +44,6 @@ def _as_plain_batch_norm(module):
         yield
     finally:
         del module.forward
-
-
-def _may_look_at_all_rows(module):
-    # To watch each torch function takes time; a module of somebody's own that
-    # normalizes keeps running statistics.
-    return any(isinstance(m, NORMALIZATIONS) for m in module.modules()) or any(
-        True for _ in module.buffers()
-    )
-
-
-class _OverGlobalRows(TorchFunctionMode):
-    def __init__(self, context):
-        super().__init__()
-        self.context = context
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return batch_norm(self.context, *args, **kwargs)
-        if func is torch.batch_norm:
-            return _native_batch_norm(self.context, *args, **kwargs)
-        if func is F.instance_norm:
-            return instance_norm(self.context, *args, **kwargs)
-        return func(*args, **kwargs)
 
 
 def batch_norm(
@@ -149,7 +83,7 @@ def batch_norm(
             f"{count} in the global batch. Received: input of shape "
             f"{tuple(x.shape)}"
         )
-    mean, variance = _statistics(x, now.weight, context)
+    mean, variance = _statistics(x, now.share, context)
     with torch.no_grad():
         if running_mean is not None:
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
@@ -164,11 +98,12 @@ def batch_norm(
         variance,
         eps,
         now.weight,
+        count,
         context.data_group,
     )
 
 
-def _native_batch_norm(
+def native_batch_norm(
     context,
     input,
     weight,
@@ -208,7 +143,7 @@ def instance_norm(
         return output
     with torch.no_grad():
         parts = torch.cat([x.flatten() for x in kept])
-        parts = collectives.weighted(parts, rows.weight(context))
+        parts = collectives.weighted(parts, rows.share(context))
         dist.all_reduce(parts, group=context.data_group)
         for x, part in zip(kept, parts.split([x.numel() for x in kept])):
             x.copy_(part.view_as(x))
@@ -237,15 +172,15 @@ class _BatchNorm(torch.autograd.Function):
     """(x - mean) / sqrt(variance + eps) * weight + bias.
 
     A gradient on a shard is that of the shard's own loss, which counts with
-    its share `w` of the rows. With the sums over all shards of w dy and of
-    w dy y, y before weight and bias, and n values of a channel here:
+    a weight `w`. With the sums over all shards of w dy and of w dy y, y before
+    weight and bias, and n values of a channel in the global batch:
 
-        dx = weight / std * (dy - (sum(w dy) + y sum(w dy y)) / n)
+        dx = weight / std * (dy - (sum(w dy) + y sum(w dy y)) / (n w))
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, mean, variance, eps, share, group):
-        ctx.share, ctx.group = share, group
+    def forward(ctx, x, weight, bias, mean, variance, eps, counts, size, group):
+        ctx.counts, ctx.size, ctx.group = counts, size, group
         ctx.dtype_of_bias = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
         wide = _wide(x)
@@ -264,18 +199,18 @@ class _BatchNorm(torch.autograd.Function):
         y = (_wide(x) - mean.view(shape)) * inverse.view(shape)
         dy = grad.to(y.dtype)
         sums = torch.stack([dy.sum(dims), (dy * y).sum(dims)])
-        grads = [None] * 8
+        grads = [None] * 9
         if weight is not None:
             grads[1] = sums[1].to(weight.dtype)
             inverse = inverse * weight.to(inverse.dtype)
         if ctx.dtype_of_bias is not None:
             grads[2] = sums[0].to(ctx.dtype_of_bias)
         if ctx.needs_input_grad[0]:
-            sums = collectives.weighted(sums, ctx.share)
+            sums = collectives.weighted(sums, ctx.counts)
             dist.all_reduce(sums, group=ctx.group)
             grads[0] = torch.zeros_like(x)
-            if ctx.share:
-                size = x.numel() // x.shape[1]
+            if ctx.counts:
+                size = ctx.size * ctx.counts
                 first, second = [s.view(shape) / size for s in sums]
                 dx = inverse.view(shape) * (dy - first - y * second)
                 grads[0] = dx.to(x.dtype)

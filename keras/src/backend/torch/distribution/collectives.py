@@ -232,24 +232,28 @@ class Slice(torch.autograd.Function):
 class SumOverData(torch.autograd.Function):
     """Sum over data shards of statistics of their rows.
 
-    Forward: all-reduce. Backward: a gradient on shard i belongs to the loss of
-    shard i, which counts with the weight of its rows, and leaves here for
-    gradients that are going to be weighted with ours:
-    (sum of weight_i * gradient_i) / (our weight).
+    Forward: all-reduce; what a shard without rows computed on is not its own,
+    and does not count. Backward: a gradient on shard i belongs to the loss of
+    shard i, which counts with weight_i, and leaves here for gradients that are
+    going to be weighted with ours: (sum of weight_i * gradient_i) / (our
+    weight).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, group):
-        ctx.weight, ctx.group = weight, group
-        # Without rows of ours, what we computed on is not ours to count.
-        x = x.clone() if weight else torch.zeros_like(x)
+    def forward(ctx, x, weight, group, counts=None):
+        counts = bool(weight) if counts is None else counts
+        ctx.weight, ctx.group, ctx.counts = weight, group, counts
+        x = x.clone() if counts else torch.zeros_like(x)
         dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
     def backward(ctx, grad):
         grad = whole_gradient(grad)
-        return MeanOfLosses.apply(grad, ctx.weight, ctx.group), None, None
+        grad = MeanOfLosses.apply(grad, ctx.weight, ctx.group)
+        if not ctx.counts:
+            grad = grad * 0
+        return grad, None, None, None
 
 
 class MeanOfLosses(torch.autograd.Function):

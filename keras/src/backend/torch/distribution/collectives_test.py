@@ -231,7 +231,7 @@ def test_gradients_over_data_can_be_differentiated(on_threads, name):
             data_size=3, data_index=rank, data_group=dist.group.WORLD
         )
         start = sum(counts[:rank])
-        ours = rows.Rows(counts[rank], total)
+        ours = rows.Rows(counts, rank)
         with rows.current_rows(ours):
             # Where there are none, another's row.
             start, stop = rows.with_a_row(start, start + counts[rank])

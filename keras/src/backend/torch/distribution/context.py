@@ -4,6 +4,7 @@ import logging
 import weakref
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
 from keras.src.backend.common import global_state
@@ -69,9 +70,11 @@ class Context:
         data_axis: index in `mesh` of the axis that batches are split over.
         data_size, data_index: number of data shards, and which one is ours.
         data_group: process group along the data axis, None if of size 1.
+        data_ranks: ranks of the processes of that group, in its order.
         model_axes: indices in `mesh` of the other axes of size > 1.
         model_mesh: torch mesh of these axes, None if there are none.
         reducer: the `gradients.Reducer`, None with one data shard.
+        said: keys of what is said once for a distribution.
     """
 
     def __init__(self, distribution):
@@ -83,10 +86,14 @@ class Context:
         self.axis_names = names
         self.data_axis = names.index(distribution.batch_dim_name)
         self.data_size = sizes[self.data_axis]
-        self.data_index = self.mesh.get_local_rank(self.data_axis)
-        self.data_group = (
-            self.mesh.get_group(self.data_axis) if self.data_size > 1 else None
-        )
+        self.data_group = None
+        self.data_index, self.data_ranks = 0, [dist.get_rank()]
+        if self.data_size > 1:
+            # Data shards are numbered as their group has them, which need not
+            # be the order of the mesh: what a group gathers comes that way.
+            self.data_group = self.mesh.get_group(self.data_axis)
+            self.data_index = dist.get_rank(self.data_group)
+            self.data_ranks = dist.get_process_group_ranks(self.data_group)
         self.model_axes = [
             i
             for i, size in enumerate(sizes)
@@ -102,6 +109,7 @@ class Context:
             self.model_size *= sizes[i]
         self.model_placements_whole = (Replicate(),) * len(self.model_axes)
         self.reducer = Reducer(self) if self.data_size > 1 else None
+        self.said = set()
 
     @property
     def has_layouts(self):

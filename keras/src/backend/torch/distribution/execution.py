@@ -11,10 +11,14 @@ from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import gradients
 from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import own_code
 from keras.src.backend.torch.distribution import plan
 from keras.src.backend.torch.distribution import styles
-from keras.src.backend.torch.distribution import trials
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
+from keras.src.backend.torch.distribution.global_rows.carrier import local_of
+from keras.src.backend.torch.distribution.global_rows.carrier import whole
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_plain_tensors
 from keras.src.ops.operation import Operation
@@ -25,25 +29,25 @@ def call(layer, context, args, kwargs):
 
     Runs on DTensors: a layer that owns a sharded variable, and a layer without
     sublayers that is handed a sharded activation. Any other layer runs as
-    released Keras has it.
+    released Keras has it. In a step in which code sees the global batch, layers
+    of Keras's own run on our rows of it.
 
     Collective along the axes that shard the layer's variables and inputs, and
-    along the data axis where its code reduces rows.
+    along the data axis where its code needs all rows.
     """
-    if (
-        core.get_device() == "meta"
-        or trials.is_trial()
-        or any_symbolic_tensors(args, kwargs)
-    ):
-        return trials.call(layer, Operation.__call__, *args, **kwargs)
+    if core.get_device() == "meta" or any_symbolic_tensors(args, kwargs):
+        return Operation.__call__(layer, *args, **kwargs)
     function = functools.partial(_call, layer, context)
-    if modes.calls:
-        return own_code.call(layer, function, args, kwargs)
-    with (
-        operators.on_shards(context),
-        own_code.of_outermost(layer, Operation.__call__, args, kwargs),
-    ):
-        return own_code.call(layer, function, args, kwargs)
+    if not modes.calls and context.has_layouts:
+        function = functools.partial(_call_outermost, context, function)
+    if borders.is_seen():
+        return borders.call_layer(layer, function, args, kwargs)
+    return function(args, kwargs)
+
+
+def _call_outermost(context, function, args, kwargs):
+    with operators.on_shards(context):
+        return function(args, kwargs)
 
 
 def _call(layer, context, args, kwargs):
@@ -61,6 +65,9 @@ def _call(layer, context, args, kwargs):
             with on_plain_tensors():
                 outputs = Operation.__call__(layer, *args, **kwargs)
         else:
+            if type(style) is not styles.ShardedStyle and borders.is_seen():
+                # They know rows in dim 0 alone: see `borders.call_layer`.
+                args, kwargs = tree.map_structure(whole, (args, kwargs))
             outputs = style.call(layer, context, args, kwargs)
             styles.log_call(layer, style, args, outputs)
             if layer.activity_regularizer is not None:
@@ -83,6 +90,7 @@ def _keep_gradient_plain(x):
     gradient arrives as a DTensor, which the code that made the output need
     not understand.
     """
+    x = local_of(x)
     if type(x) is torch.Tensor and x.requires_grad:
         x.register_hook(gradients.to_plain)
 
@@ -92,6 +100,8 @@ def _handed_shards(args, kwargs):
     values = [*args, *kwargs.values()]
     while values:
         x = values.pop()
+        if type(x) is GlobalTensor:
+            x = x.local
         if isinstance(x, DTensor):
             return True
         if isinstance(x, dict):

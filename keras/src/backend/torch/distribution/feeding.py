@@ -12,6 +12,8 @@ from keras.src import tree
 from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.modes import modes
 from keras.src.distribution import distribution_lib
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
@@ -155,6 +157,36 @@ class ShardedDataAdapter(DataAdapter):
         self.adapter.on_epoch_end()
 
 
+class GlobalShapes:
+    """Batches of our rows, as batches of the shapes of the global ones, for
+    layers to be built for.
+
+    Args:
+        iterator: gives triples of the first and last step, and `rows.Batch`.
+    """
+
+    def __init__(self, iterator):
+        self.iterator = iterator
+
+    def __iter__(self):
+        for first, last, batch in self.iterator:
+            total = batch.rows.total
+            yield (
+                first,
+                last,
+                [tree.map_structure(lambda x: _global(x, total), batch[0])],
+            )
+
+
+def _global(x, total):
+    if x is None or not len(x.shape):
+        return x
+    shape = (total, *x.shape[1:])
+    if isinstance(x, torch.Tensor):
+        return torch.empty(shape, dtype=x.dtype, device="meta")
+    return np.broadcast_to(np.empty((), x.dtype), shape)
+
+
 class LocalDataAdapter(ShardedDataAdapter):
     """Wraps an adapter whose rows are local already.
 
@@ -173,13 +205,13 @@ class LocalDataAdapter(ShardedDataAdapter):
         return self._together(iter(loader))
 
     def _batch_of(self, data):
-        local = rows.count(data)
-        return rows.Batch(data, rows.Rows(local, local))
+        # Of the other data shards, `_agreed` tells.
+        return rows.Batch(data, rows.Rows([rows.count(data)], 0))
 
     def _agreed(self, batch, sizes):
         # The processes of a data shard have the same rows.
-        copies = len(sizes) // self.context.data_size
-        batch.rows.total = sum(sizes) // copies
+        counts = [sizes[rank] for rank in self.context.data_ranks]
+        batch.rows = rows.Rows(counts, self.context.data_index)
         return batch
 
 
@@ -259,7 +291,7 @@ class _OurRows(torch.utils.data.Dataset):
     def __getitems__(self, indices):
         indices = list(indices)
         start, stop = rows.split(len(indices), *self._shard)
-        ours = rows.Rows(stop - start, len(indices), start)
+        ours = rows.of_split(len(indices), *self._shard)
         part = slice(*rows.with_a_row(start, stop))
         if self._draws is False:
             read = self._read_quietly if self._is_watched else self._read
@@ -407,10 +439,12 @@ def to_batch(data, context):
             says. What a step hands to another model's is local: the step has
             been handed no other rows.
     """
+    if modes.step is not None:
+        return borders.batch_of(data, context)
     outer = rows.get_current_rows()
     if outer is None and context.auto_shard:
         return rows.cut(data, context)
     local = rows.count(data)
     if outer is not None and not outer.local:
         local = 0  # Without rows of ours, what we compute on is not ours.
-    return rows.Batch(data, rows.agree_on_total(local, context))
+    return rows.Batch(data, rows.agree(local, context))

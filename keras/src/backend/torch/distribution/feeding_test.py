@@ -20,6 +20,7 @@ def make_context(index, size=2, auto_shard=True):
     return types.SimpleNamespace(
         data_size=size,
         data_index=index,
+        data_ranks=range(size),
         data_group=None,
         auto_shard=auto_shard,
     )

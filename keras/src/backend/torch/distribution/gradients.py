@@ -44,6 +44,8 @@ from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.backward import Pass
 
 HISTORY = 16
+# Marks a tensor whose gradient is reduced over data shards.
+REDUCED = "_keras_is_reduced"
 
 
 class Reducer:
@@ -88,6 +90,7 @@ class Reducer:
         number = self._registered
         self._registered += 1
         self._parameters[number] = parameter
+        setattr(parameter, REDUCED, True)
         self._names.append(name)
         local = parameter.detach()
         if isinstance(parameter, DTensor):

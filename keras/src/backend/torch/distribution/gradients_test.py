@@ -177,7 +177,7 @@ def test_mean_outside_of_a_step(on_threads):
 def test_mean_is_weighted_with_rows(on_threads):
     def run(rank):
         model = Model(size=3)
-        with rows.current_rows(rows.Rows((3, 1, 0)[rank], 4)):
+        with rows.current_rows(rows.Rows((3, 1, 0), rank)):
             model.backward({0: (4.0, 8.0, 0.0)[rank]})
         return model.grads
 
@@ -187,7 +187,7 @@ def test_mean_is_weighted_with_rows(on_threads):
 def test_a_mean_of_no_rows_counts_for_nothing(on_threads):
     def run(rank):
         model = Model()
-        with rows.current_rows(rows.Rows((2, 0)[rank], 2)):
+        with rows.current_rows(rows.Rows((2, 0), rank)):
             model.backward({0: (3.0, float("nan"))[rank]})
         return model.grads
 
@@ -328,7 +328,7 @@ def test_grad_is_weighted_with_rows(on_threads):
         model = Model(size=3)
         seen = []
         for _ in range(2):
-            with rows.current_rows(rows.Rows((3, 1, 0)[rank], 4)):
+            with rows.current_rows(rows.Rows((3, 1, 0), rank)):
                 seen.append(model.grad({0: (4.0, 8.0, float("nan"))[rank]}))
         return seen
 
@@ -453,7 +453,7 @@ def communicated(monkeypatch):
 def test_gradients_left_local_are_completed(on_threads, communicated):
     def run(rank):
         model = Model(size=3)
-        with rows.current_rows(rows.Rows((3, 1, 0)[rank], 4)):
+        with rows.current_rows(rows.Rows((3, 1, 0), rank)):
             with model.reducer.accumulating({}, defers=True):
                 model.backward({0: 4.0})
                 # Here on some alone, and of no rows.
@@ -597,7 +597,7 @@ def test_gradients_of_gradients(on_threads, by_backward):
         with torch.no_grad():
             for parameter, value in zip(model.parameters, fresh()):
                 parameter.copy_(value)
-        with rows.current_rows(rows.Rows((2, 1, 0)[rank], 3)):
+        with rows.current_rows(rows.Rows((2, 1, 0), rank)):
             return [step(model.parameters, rank, 3)] + [
                 model.zero() or step(model.parameters, rank, 3)
             ]

@@ -15,6 +15,7 @@ from keras.src.backend.common.variables import Variable
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution.global_rows import carrier
 
 
 def reduce_logs(metrics, states, logs, stop, context):
@@ -48,7 +49,7 @@ def reduce_logs(metrics, states, logs, stop, context):
     # The processes of one data shard hold the same values: the sum over all
     # processes counts them once for each.
     share = context.data_size / dist.get_world_size()
-    weight = rows.weight(context)
+    weight = rows.share(context)
     values = [metric_states.portion(v, weight, context) * share for v in states]
     values += [
         collectives.weighted(metric_states.flat(logs[name]), share * weight)
@@ -87,6 +88,50 @@ def reduce_logs(metrics, states, logs, stop, context):
             mean = torch.where(difference[0] > 0, mean, result.to(mean.dtype))
         logs[name] = mean
     return logs, stop
+
+
+def reduce_global_logs(metrics, states, logs, stop, context):
+    """As `reduce_logs`, of a step in which code sees the global batch: logs are
+    whole already, addends, or results that were put off.
+
+    Collective: every process calls it after every step.
+    """
+    share = context.data_size / dist.get_world_size()
+    leaves = tree.flatten(tree.map_structure(_value, logs))
+    sums = [x for x in leaves if carrier.is_addend(x)]
+    values = [metric_states.portion(v, 1.0, context) * share for v in states]
+    values += [metric_states.flat(x.local) * share for x in sums]
+    on_host = not values or values[0].device.type == "cpu"
+    if on_host:
+        values.append(torch.full((1,), float(stop), dtype=torch.float64))
+    state = torch.cat([v.to(values[0].device) for v in values])
+    dist.all_reduce(state)
+    reduced = state.split([v.numel() for v in values])
+    stop = bool(reduced[-1].item()) if on_host else any_process(stop)
+    for variable, value in zip(states, reduced):
+        metric_states.write_whole(variable, value, context)
+    whole = {
+        id(x): value.view(x.shape).to(x.dtype)
+        for x, value in zip(sums, reduced[len(states) :])
+    }
+    with metric_states.whole(states):
+        leaves = [
+            x.pending.of_whole_states()
+            if is_put_off(x)
+            else whole.get(id(x), x)
+            for x in leaves
+        ]
+    leaves = [carrier.whole(x) for x in leaves]
+    return tree.pack_sequence_as(logs, leaves), stop
+
+
+def is_put_off(x):
+    """Whether a log is computed from the states as they are after the step."""
+    return (
+        type(x) is carrier.GlobalTensor
+        and x.pending is not None
+        and x._whole is None
+    )
 
 
 def _differs(log, result):

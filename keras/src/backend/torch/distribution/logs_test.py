@@ -60,7 +60,7 @@ def test_metrics_are_those_of_all_rows(on_threads, make_metric, total):
             sample_weight=weights[start:stop],
         )
         local = [backend.convert_to_numpy(v) for v in metric.variables]
-        with rows.current_rows(rows.Rows(stop - start, total, start)):
+        with rows.current_rows(rows.of_split(total, WORLD, rank)):
             reduced, stopped = reduce_logs(
                 [metric], {"metric": None}, False, make_context(rank)
             )
@@ -76,7 +76,7 @@ def test_metrics_are_those_of_all_rows(on_threads, make_metric, total):
 
 def test_other_values_are_means_over_rows(on_threads):
     def run(rank):
-        with rows.current_rows(rows.Rows((2, 1, 1)[rank], 4)):
+        with rows.current_rows(rows.Rows((2, 1, 1), rank)):
             return reduce_logs(
                 [],
                 {
@@ -157,7 +157,7 @@ def test_state_is_reduced_as_its_variable_says(
     def run(rank):
         metric = Own()
         metric.total.assign(float(2**rank))
-        with rows.current_rows(rows.Rows((2, 1, 1)[rank], 4)):
+        with rows.current_rows(rows.Rows((2, 1, 1), rank)):
             return reduce_logs(
                 [metric], {"own": None}, False, make_context(rank)
             )[0]["own"]

@@ -7,6 +7,9 @@ counted. The sum over data shards of what was added locally is the whole.
 Two tensors take turns in the variable, so that neither is rounded by being
 turned into the other. If somebody writes into the whole state (`reset_state`,
 `assign`), which tensors count, all shards start from what was written.
+
+Code that sees the global batch (see `global_rows`) sees the local state as what
+it is: an addend of the whole one.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution.global_rows import carrier
 
 STATE = "_keras_metric_state"
 
@@ -30,6 +34,8 @@ class _State:
         base: what the local state started from and another shard counts,
             flat; None where that is this shard.
         version: of `whole`, as the last step left it.
+        results: weak references to what was computed from the state and put
+            off: computed before the state changes.
     """
 
     def __init__(self, variable, context):
@@ -38,6 +44,7 @@ class _State:
         self.local = _twin(self.whole)
         self.base = None
         self.version = None
+        self.results = []
 
     def is_whole_of_last_step(self, variable):
         # torch counts the writes into a tensor: no need to compare numbers,
@@ -118,6 +125,69 @@ def _show_local(variable, context):
         state.start_from_whole(adds_up)
     variable._value = state.local
     return True
+
+
+def of_step(variable):
+    """The state of a variable that holds the local one now, else None."""
+    state = vars(variable).get(STATE)
+    if state is None or variable._value is not state.local:
+        return None
+    return state if _adds_up(variable) else None
+
+
+def as_addend(value, state, rows):
+    """The local state as code sees it that sees the global batch.
+
+    Args:
+        value: of the variable, perhaps cast.
+        state: of `of_step`.
+        rows: the `Rows` of addends.
+    """
+    local = sharded.whole(value.detach())
+    if state.base is not None:
+        local = local - state.base.view(local.shape).to(local.dtype)
+    else:
+        local = local.clone()
+    return carrier.addend(local, rows)
+
+
+def assign(variable, state, value):
+    """Writes what code gives that sees the global batch: an addend, or a whole
+    value, equal on all processes.
+
+    Collective along the data axis if `value` holds rows, or if results that
+    were put off need the state as it was.
+    """
+    settle(state)
+    if not carrier.is_addend(value):
+        value = carrier.whole(value)
+    with torch.no_grad():
+        if carrier.is_addend(value):
+            local = sharded.whole(value.local)
+            if state.base is not None:
+                local = local + state.base.view(local.shape).to(local.dtype)
+        else:
+            local = sharded.whole(value)
+            state.base = None
+            if state.context.data_index:
+                state.base = flat(local).clone()
+        stored = state.local
+        if isinstance(stored, DTensor):
+            storage.assign(stored, local)
+        else:
+            stored.copy_(local)
+
+
+def settle(state):
+    """Computes the results that were put off and are still asked for.
+
+    Collective along the data axis: every process of it calls it.
+    """
+    results, state.results = state.results, []
+    for reference in results:
+        result = reference()
+        if result is not None:
+            carrier.whole(result)
 
 
 def portion(variable, weight, context):

@@ -1,4 +1,4 @@
-"""What a variable shows when it is read, and to whom.
+"""What code sees: of a variable that is read, and of a batch.
 
 Outside of layers a sharded variable shows what is stored: a DTensor of the
 global shape. Inside any layer's call it shows what the layer computes with,
@@ -11,6 +11,8 @@ import threading
 
 class _Modes(threading.local):
     # Threads: autograd may run a layer again (activation checkpointing).
+    step = None  # the `borders.Step` in which code sees the global batch
+    known = False  # code that knows about rows is handed ours
     calls = 0  # layer calls under way
     layer = None  # the innermost of them
     on_shards = False  # torch functions are handed shards: see `operators`
@@ -46,6 +48,16 @@ def _set(**values):
     finally:
         for name, value in previous.items():
             setattr(modes, name, value)
+
+
+def on_global_batch(step):
+    """Within it, code sees the global batch: see `global_rows`."""
+    return _set(step=step, known=False)
+
+
+def on_our_rows():
+    """Within it, code that knows about rows is handed ours."""
+    return _set(known=True)
 
 
 def on_dtensors():

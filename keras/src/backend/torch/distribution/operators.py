@@ -24,6 +24,9 @@ from torch.overrides import TorchFunctionMode
 from keras.src.backend.common import KerasVariable
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
 from keras.src.backend.torch.distribution.modes import modes
 
 logger = logging.getLogger("keras.distribution")
@@ -117,6 +120,12 @@ class OnShards(TorchFunctionMode):
         kwargs = kwargs or {}
         if modes.direct:
             return func(*args, **kwargs)
+        if GlobalTensor in types:
+            # Its own table comes first: this one, for what lies in it.
+            with self:
+                return GlobalTensor.__torch_function__(
+                    func, types, args, kwargs
+                )
         if any(issubclass(each, KerasVariable) for each in types):
             # Their own way to their values passes by this table.
             args = tuple(map(_value, args))

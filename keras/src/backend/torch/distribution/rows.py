@@ -1,11 +1,14 @@
 """Rows of a batch: which are ours, and what they weigh.
 
 A loss or a regulariser on a data shard is a mean over local rows. The global
-value is the weighted mean over data shards, with weight (local rows) / (global
-rows): the weights of all shards add up to 1, for uneven batches too. Gradients
-are the same weighted mean. So whatever does not depend on rows (weight
-regularisers) counts once, and a mean over rows that a user wrote by hand is
-right without knowing about it.
+value is the mean over data shards, weighted with their share of the rows: the
+shares add up to 1, for uneven batches too. So whatever does not depend on rows
+(weight regularisers) counts once.
+
+Gradients are a weighted mean over data shards too. In a step of Keras's own
+code the weight is the share. Where somebody's code computes on the global
+batch (see `global_rows`), rows of several batches may meet, so there all shards
+weigh the same, and the loss of a shard is made to fit.
 """
 
 import contextlib
@@ -20,22 +23,66 @@ from keras.src.backend.torch.distribution import sharded
 
 
 class Rows:
-    """The rows of one batch.
+    """How the rows of one batch are spread over the data shards.
+
+    Args:
+        counts: tuple of ints, the rows of each data shard, in order.
+        index: int, which data shard is ours.
+        entries: int, how many entries of a dim belong to one row.
 
     Attributes:
-        local: number of rows on this data shard.
-        total: number of rows on all data shards.
-        start: our first row among all; None if rows were local from the start.
+        local: number of entries on this data shard.
+        total: number of entries on all data shards.
+        start: our first entry among all.
+        share: our part of them, 0 to 1.
+        weight: what gradients of our rows count with; None for the share.
+        group: the process group of the data axis, where somebody's code
+            computes on all rows.
     """
 
-    def __init__(self, local, total, start=None):
-        self.local = local
-        self.total = total
-        self.start = start
+    weight_of_gradients = None
+    group = None
+
+    def __init__(self, counts, index, entries=1):
+        self.counts, self.index, self.entries = tuple(counts), index, entries
+        self.local = self.counts[index] * entries
+        self.total = sum(self.counts) * entries
+        self.start = sum(self.counts[:index]) * entries
+        self._of = {entries: self}
+
+    @property
+    def has_empty(self):
+        """Whether some data shard has no rows."""
+        return not min(self.counts)
+
+    @property
+    def share(self):
+        return self.local / self.total if self.total else 0.0
 
     @property
     def weight(self):
-        return self.local / self.total if self.total else 0.0
+        if self.weight_of_gradients is None:
+            return self.share
+        return self.weight_of_gradients
+
+    def of(self, entries):
+        """The same rows in a dim with so many entries for each."""
+        known = self._of.get(entries)
+        if known is None:
+            known = self._of[entries] = Rows(self.counts, self.index, entries)
+            known._of = self._of
+            known.weight_of_gradients = self.weight_of_gradients
+            known.group = self.group
+        return known
+
+    def cut(self, x, dim):
+        """Our entries (a view) of a whole tensor along `dim`."""
+        return x.narrow(dim, self.start, self.local)
+
+    def ranges(self):
+        """Where the entries of each data shard start and stop among all."""
+        stops = [n * self.entries for n in itertools.accumulate(self.counts)]
+        return list(zip([0, *stops], stops))
 
 
 class Batch(list):
@@ -44,6 +91,18 @@ class Batch(list):
     def __init__(self, data, rows):
         super().__init__([data])
         self.rows = rows
+
+
+def context_of_ours():
+    """The `Context` where our rows of a batch that is spread over several data
+    shards are computed on, else None."""
+    # Here, since what the context stands on asks for rows.
+    from keras.src.backend.torch.distribution.context import current
+
+    if _current[0] is None:
+        return None
+    context = current()
+    return context if context and context.data_size > 1 else None
 
 
 # The rows of the step under way. Not local to a thread, since the backward
@@ -67,9 +126,27 @@ def get_current_rows():
 
 
 def weight(context):
-    """Our share of the global batch: 1 / data shards outside of a step."""
+    """What our gradients count with: 1 / data shards outside of a step."""
     rows = _current[0]
     return 1.0 / context.data_size if rows is None else rows.weight
+
+
+def share(context):
+    """Our share of the global batch: 1 / data shards outside of a step."""
+    rows = _current[0]
+    return 1.0 / context.data_size if rows is None else rows.share
+
+
+def has_rows():
+    """Whether what is computed on now is ours, and counts."""
+    rows = _current[0]
+    return rows is None or bool(rows.local)
+
+
+def of_split(total, shards, index):
+    """The `Rows` of a batch that is cut by `split`."""
+    splits = [split(total, shards, i) for i in range(shards)]
+    return Rows([stop - start for start, stop in splits], index)
 
 
 def split(total, shards, index):
@@ -111,7 +188,7 @@ def cut(data, context):
             )
         return x[start:stop]
 
-    rows = Rows(stop - start, total, start)
+    rows = of_split(total, context.data_size, context.data_index)
     start, stop = with_a_row(start, stop)
     return Batch(tree.map_structure(ours, data), rows)
 
@@ -125,29 +202,14 @@ def with_a_row(start, stop):
     return (start, stop) if stop > start else (0, 1)
 
 
-def agree_on_total(local, context):
+def agree(local, context):
     """`Rows` of a batch whose rows were local from the start.
 
     Collective: every process of the data axis calls it.
     """
-    total = torch.tensor([local], dtype=torch.int64)
-    if context.data_group is not None:
-        dist.all_reduce(total, group=context.data_group)
-    return Rows(local, int(total.item()))
-
-
-def ranges(context):
-    """Where the rows of each data shard start and stop among all.
-
-    Collective if rows were local from the start: every process of the data
-    axis calls it.
-    """
-    rows = get_current_rows()
-    shards = context.data_size
-    if rows.start is not None:
-        return [split(rows.total, shards, i) for i in range(shards)]
-    stops = list(itertools.accumulate(counts(rows.local, context.data_group)))
-    return list(zip([0, *stops], stops))
+    if context.data_group is None:
+        return Rows([local], 0)
+    return Rows(counts(local, context.data_group), context.data_index)
 
 
 def gather(x, context):
@@ -162,11 +224,23 @@ def gather(x, context):
     Returns:
         Tensor of shape `(global rows, ...)`.
     """
-    sizes = [stop - start for start, stop in ranges(context)]
-    x = x[: sizes[context.data_index]]
-    padded = x.new_zeros((max(sizes), *x.shape[1:]))
-    padded[: x.shape[0]] = x
-    pieces = collectives.of_each_process(padded, context.data_group)
+    return gather_parts(x, get_current_rows(), context.data_group)
+
+
+def gather_parts(x, rows, group):
+    """All rows of a tensor in whose dim 0 are those of `rows`.
+
+    Collective: every process of `group` calls it.
+    """
+    sizes = [stop - start for start, stop in rows.ranges()]
+    x, most = x[: sizes[rows.index]], max(sizes)
+    if x.shape[0] < most:
+        padded = x.new_zeros((most, *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        x = padded
+    pieces = collectives.of_each_process(x, group)
+    if min(sizes) == most:
+        return pieces.flatten(0, 1)
     return torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
 
 
@@ -180,20 +254,20 @@ class GatherForLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, context):
-        ctx.context, ctx.rows = context, len(x)
-        ctx.weight = get_current_rows().weight
-        ctx.ours = ranges(context)[context.data_index]
+        ctx.context, ctx.size = context, len(x)
+        ctx.rows = get_current_rows()
         return gather(x, context)
 
     @staticmethod
     def backward(ctx, grad):
         grad = collectives.whole_gradient(grad)
         grad = collectives.MeanOfLosses.apply(
-            grad, ctx.weight, ctx.context.data_group
+            grad, ctx.rows.weight, ctx.context.data_group
         )
+        if ctx.rows.local:
+            return ctx.rows.cut(grad, 0), None
         # Without rows of ours it is zero, for what we computed on instead.
-        start, stop = ctx.ours if ctx.weight else (0, ctx.rows)
-        return grad[start:stop], None
+        return grad[: ctx.size] * 0, None
 
 
 def counts(local, group):

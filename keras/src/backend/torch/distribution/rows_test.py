@@ -39,14 +39,13 @@ def test_split_of_fewer_rows_than_shards():
 def test_weights_of_all_shards_add_up_to_one(total):
     weights = []
     for index in range(4):
-        start, stop = rows.split(total, 4, index)
-        weights.append(rows.Rows(stop - start, total, start).weight)
+        weights.append(rows.of_split(total, 4, index).weight)
     assert sum(weights) == pytest.approx(1)
     assert weights[0] == -(-total // 4) / total
 
 
 def test_weight_of_an_empty_batch():
-    assert rows.Rows(0, 0).weight == 0.0
+    assert rows.Rows([0, 0], 0).weight == 0.0
 
 
 def test_weight_outside_of_a_step_is_equal_for_all_shards():
@@ -54,7 +53,7 @@ def test_weight_outside_of_a_step_is_equal_for_all_shards():
 
 
 def test_current_rows():
-    outer, inner = rows.Rows(1, 4), rows.Rows(3, 4)
+    outer, inner = rows.Rows([1, 3], 0), rows.Rows([1, 3], 1)
     assert rows.get_current_rows() is None
     with rows.current_rows(outer):
         with pytest.raises(KeyError):
@@ -108,18 +107,36 @@ def test_gather_undoes_cut(on_threads, total, dtype):
         assert torch.equal(result, x)
 
 
-def test_agree_on_total(on_threads):
+def test_agree(on_threads):
     def agree(rank):
         context = make_context(3, rank)
         context.data_group = dist.group.WORLD
-        return rows.agree_on_total([4, 0, 1][rank], context)
+        return rows.agree([4, 0, 1][rank], context)
 
     results = on_threads(3, agree)
     assert [r.local for r in results] == [4, 0, 1]
     assert [r.total for r in results] == [5, 5, 5]
-    assert all(r.start is None for r in results)
+    assert [r.start for r in results] == [0, 4, 4]
 
 
 def test_counts(on_threads):
     everyone = on_threads(3, lambda rank: rows.counts(rank * 2, None))
     assert everyone == [[0, 2, 4]] * 3
+
+
+def test_entries_of_rows():
+    ours = rows.Rows([3, 2], 1)
+    steps = ours.of(4)
+    assert (steps.local, steps.total, steps.start) == (8, 20, 12)
+    assert steps.ranges() == [(0, 12), (12, 20)]
+    assert steps.of(1) is ours and ours.of(4) is steps
+    assert steps.cut(torch.arange(20), 0).tolist() == list(range(12, 20))
+
+
+def test_gradients_may_weigh_alike():
+    ours = rows.Rows([3, 1], 0)
+    ours.weight_of_gradients = 0.5
+    with rows.current_rows(ours):
+        assert rows.weight(make_context(2, 0)) == 0.5
+        assert rows.share(make_context(2, 0)) == 0.75
+    assert ours.of(2).weight == 0.5

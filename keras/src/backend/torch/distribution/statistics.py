@@ -9,7 +9,6 @@ from torch.distributed.tensor import DTensor
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.modes import modes
 
@@ -30,8 +29,7 @@ def context_over_rows(x, axes, synchronized=False):
         return None
     if axes is not None and not any(axis % x.ndim == 0 for axis in axes):
         return None
-    in_code = modes.calls or trials.is_watched()
-    if synchronized or (rows.get_current_rows() is not None and in_code):
+    if synchronized or (rows.get_current_rows() is not None and modes.calls):
         return context
     return None
 
@@ -44,12 +42,12 @@ def sum_over_data(x, context):
     Collective along the data axis, forward and backward: every process of it
     calls it.
     """
-    weight = rows.weight(context)
-    group = context.data_group
+    weight, group = rows.weight(context), context.data_group
+    counts = rows.has_rows()
     if not isinstance(x, DTensor):
-        return collectives.SumOverData.apply(x, weight, group)
+        return collectives.SumOverData.apply(x, weight, group, counts)
     x = sharded.reduced(x)
     mesh, placements, shape = x.device_mesh, x.placements, tuple(x.shape)
     local = sharded.Leave.apply(x)
-    local = collectives.SumOverData.apply(local, weight, group)
+    local = collectives.SumOverData.apply(local, weight, group, counts)
     return sharded.Enter.apply(local, mesh, placements, shape)

@@ -15,7 +15,6 @@ from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.context import logger
 from keras.src.backend.torch.distribution.modes import modes
@@ -157,9 +156,6 @@ def present(value, variable):
     """
     if not isinstance(value, DTensor):
         return _enter(value) if modes.on_dtensors else value
-    if trials.is_trial():
-        device = sharded.local_of(value).device
-        return torch.empty(value.shape, dtype=value.dtype, device=device)
     if modes.local:
         return sharded.local_of(value)
     if not modes.calls or modes.stored:

@@ -16,6 +16,7 @@ from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.context import logger
+from keras.src.backend.torch.distribution.global_rows.carrier import local_of
 from keras.src.backend.torch.distribution.modes import on_dtensors
 from keras.src.backend.torch.distribution.modes import on_weights_gathered_once
 from keras.src.backend.torch.distribution.modes import on_whole_weights
@@ -109,7 +110,8 @@ def log_call(layer, style, args, outputs):
 def has_empty_shards(layer, args, kwargs):
     """Whether some process holds nothing of a weight or an input."""
     weights = layer._trainable_variables + layer._non_trainable_variables
-    tensors = [v._value for v in weights] + tree.flatten((args, kwargs))
+    tensors = [v._value for v in weights]
+    tensors += map(local_of, tree.flatten((args, kwargs)))
     return any(
         isinstance(x, DTensor) and sharded.has_empty_shard(x) for x in tensors
     )

@@ -1,0 +1,282 @@
+"""Where the global batch begins and ends: steps, and Keras's own code in them.
+
+In a step that runs somebody's code, that code sees the global batch: what it is
+handed are `GlobalTensor`s. Where it calls code of Keras's own (see `known`) our
+rows go in, and come out as rows of the global batch again.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+
+from keras.src import tree
+from keras.src.backend.torch.core import convert_to_tensor
+from keras.src.backend.torch.distribution import rows as rows_lib
+from keras.src.backend.torch.distribution.global_rows import carrier
+from keras.src.backend.torch.distribution.global_rows import entry_points
+from keras.src.backend.torch.distribution.global_rows import known
+from keras.src.backend.torch.distribution.global_rows import rules
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
+from keras.src.backend.torch.distribution.global_rows.carrier import is_addend
+from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
+from keras.src.backend.torch.distribution.global_rows.carrier import whole
+from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.modes import on_global_batch
+from keras.src.backend.torch.distribution.modes import on_our_rows
+
+assert rules.MODULES
+
+
+class Step:
+    """A step in which code sees the global batch.
+
+    Args:
+        context: the `Context`, with several data shards.
+    """
+
+    def __init__(self, context):
+        self.context = context
+        # One entry a data shard: what addends are of.
+        self.shards = self.bound([1] * context.data_size)
+
+    def bound(self, counts):
+        """`rows.Rows` that somebody's code computes on."""
+        rows = rows_lib.Rows(counts, self.context.data_index)
+        rows.group = self.context.data_group
+        rows.weight_of_gradients = 1 / self.context.data_size
+        return rows
+
+    def of_split(self, total):
+        """The `Rows` of a whole batch of so many rows."""
+        context = self.context
+        rows = rows_lib.of_split(total, context.data_size, context.data_index)
+        return self.bound(rows.counts)
+
+    def enter(self, data, rows):
+        """A batch of our rows, as the global one."""
+        rows = self.bound(rows.counts)
+
+        def enter(x):
+            if x is None:
+                return None
+            if isinstance(x, np.ndarray) and x.dtype.kind in "OSU":
+                return _gathered_objects(x, rows)
+            x = convert_to_tensor(x)
+            if not x.ndim:
+                return x
+            return carrier.of_local(x[: rows.local], rows)
+
+        return tree.map_structure(enter, data)
+
+
+def _gathered_objects(x, rows):
+    everyone = [None] * len(rows.counts)
+    torch.distributed.all_gather_object(
+        everyone, x[: rows.local], group=rows.group
+    )
+    return np.concatenate(everyone)
+
+
+@contextlib.contextmanager
+def step(context):
+    """Within it, code sees the global batch. Gives the `Step`."""
+    current = Step(context)
+    with on_global_batch(current), entry_points.on_whole_tensors():
+        yield current
+
+
+def is_seen():
+    """Whether the code under way sees the global batch."""
+    return modes.step is not None and not modes.known
+
+
+# ---- layers, losses and metrics of Keras's own -------------------------------
+
+
+def rows_of(structure):
+    """The rows that known code is handed in dim 0; None if there are none."""
+    for x in tree.flatten(structure):
+        if is_rows(x) and x.at == 0:
+            return x.rows
+    return None
+
+
+def tensors_of(structure):
+    return [x for x in tree.flatten(structure) if isinstance(x, torch.Tensor)]
+
+
+def our_rows(x, rows):
+    """What known code computes on for an argument of the global batch.
+
+    Collective along the data axis if `x` holds rows elsewhere.
+    """
+    if not isinstance(x, torch.Tensor):
+        return x
+    if type(x) is not GlobalTensor or x.rows is not rows or x.at != 0:
+        if x.ndim and x.shape[0] == rows.total:
+            local = carrier.ours(x, 0, rows)
+        else:
+            return whole(x)
+    else:
+        local = x.local
+    local = carrier.with_a_row(local, rows)
+    mask = getattr(x, "_keras_mask", None)
+    if mask is not None:
+        local._keras_mask = our_rows(mask, rows)
+    return local
+
+
+def call_layer(layer, function, args, kwargs):
+    """`function(args, kwargs)`, a call of a layer in code that sees the global
+    batch.
+
+    Collective along the data axis where it gathers, forward and backward.
+    """
+    tensors = tensors_of((args, kwargs))
+    if not known.is_known(layer) or not tensors:
+        return function(args, kwargs)
+    rows = rows_of((args, kwargs))
+    if rows is None and known.is_container(layer):
+        # A whole batch: each data shard takes its part of the work.
+        total = tensors[0].shape[0] if tensors[0].ndim else 0
+        if total and all(x.ndim and x.shape[0] == total for x in tensors):
+            rows = modes.step.of_split(total)
+    if rows is None:
+        if not any(type(x) is GlobalTensor for x in tensors):
+            # Known code that is handed no rows computes what one device does.
+            with on_our_rows():
+                return function(args, kwargs)
+        return function(args, kwargs)
+    if not known.takes(layer, tensors):
+        return function(args, kwargs)
+    shared = {}
+    if type(layer) in known.lists().of_masks:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.ndim < 3:
+            shared["attention_mask"] = whole(mask)
+            kwargs = {k: v for k, v in kwargs.items() if k not in shared}
+    args, kwargs = tree.map_structure(
+        lambda x: our_rows(x, rows), (args, kwargs)
+    )
+    with on_our_rows(), rows_lib.current_rows(rows):
+        outputs = function(args, {**kwargs, **shared})
+    return tree.map_structure(lambda y: _output(layer, y, rows), outputs)
+
+
+def _output(layer, y, rows):
+    if not isinstance(y, torch.Tensor):
+        return y
+    if not y.ndim or y.shape[0] != max(rows.local, 1):
+        raise RuntimeError(
+            f"The layer '{layer.path}' was expected to return an entry for "
+            f"each of {rows.local} rows. Received: shape {tuple(y.shape)}"
+        )
+    return carrier.of_local(y, rows)
+
+
+def call_loss(loss, function, y_true, y_pred, sample_weight):
+    """`function` of a loss's arguments, in code that sees the global batch.
+
+    Returns:
+        An addend of the loss of all rows, or rows without reduction.
+    """
+    arguments = (y_true, y_pred, sample_weight)
+    rows = rows_of(arguments)
+    tensors = tensors_of(y_pred)
+    if rows is None or len(tensors) != 1:
+        return function(*arguments)
+    if not known.is_known_loss(loss, tensors[0]):
+        return function(*arguments)
+    arguments = tree.map_structure(lambda x: our_rows(x, rows), arguments)
+    with on_our_rows(), rows_lib.current_rows(rows):
+        value = function(*arguments)
+    if value.ndim:
+        return carrier.of_local(value, rows)
+    if not rows.local:
+        # What we computed on is not ours to count.
+        value = torch.nan_to_num(value, 0.0, 0.0, 0.0)
+    return carrier.addend(value * rows.share, modes.step.shards)
+
+
+def call_metric(metric, function, args, kwargs):
+    """`function(*args, **kwargs)`, an update of a metric in code that sees the
+    global batch: of our rows, if the metric is Keras's own."""
+    rows = rows_of((args, kwargs))
+    tensors = tensors_of((args, kwargs))
+    y_pred = kwargs.get("y_pred", args[1] if len(args) > 1 else None)
+    if y_pred is None or not isinstance(y_pred, torch.Tensor):
+        y_pred = tensors[0] if tensors else None
+    if (
+        rows is None
+        or any(is_addend(x) for x in tensors)
+        or not known.is_known_metric(metric, y_pred)
+        or any(v.aggregation != "sum" for v in metric.variables)
+    ):
+        return function(*args, **kwargs)
+    args, kwargs = tree.map_structure(
+        lambda x: our_rows(x, rows), (args, kwargs)
+    )
+    with on_our_rows(), rows_lib.current_rows(rows):
+        before = {}
+        if not rows.local:
+            before = {id(v): v.value.clone() for v in metric.variables}
+        result = function(*args, **kwargs)
+        if not rows.local:
+            # What we computed on is not ours to count.
+            for v in metric.variables:
+                v.assign(before.get(id(v), torch.zeros_like(v.value)))
+        return result
+
+
+def on_rows_of(function, *args, tensors=1, **kwargs):
+    """A function that treats each entry of dim 0 of its first arguments alike,
+    for rows of the global batch there.
+
+    Args:
+        function: takes local tensors.
+        *args, **kwargs: its arguments.
+        tensors: int, how many of the first have rows in dim 0; others are
+            whole.
+    """
+    rows = args[0].rows
+    local = [our_rows(x, rows) for x in args[:tensors]]
+    with on_our_rows(), rows_lib.current_rows(rows):
+        y = function(*local, *args[tensors:], **kwargs)
+    return carrier.map_tensors(lambda y: carrier.of_local(y, rows), y)
+
+
+def batch_of(data, context):
+    """The `rows.Batch` of what code that sees the global batch hands to a step
+    of another model.
+
+    Collective along the data axis if the data holds rows elsewhere.
+    """
+    ours = rows_of(data)
+    if ours is None:
+        return rows_lib.cut(data, context)
+    rows = rows_lib.Rows(ours.of(1).counts, ours.index)
+    rows = rows.of(ours.entries)
+    data = tree.map_structure(
+        lambda x: None if x is None else our_rows(x, ours), data
+    )
+    return rows_lib.Batch(data, rows)
+
+
+def leave(outputs, gathers):
+    """What a step returns, as plain tensors.
+
+    Collective along the data axis.
+
+    Args:
+        gathers: whether all rows are returned, or ours.
+    """
+
+    def leave(x):
+        if is_rows(x) and x.at == 0 and not gathers:
+            return x.local
+        return whole(x)
+
+    return tree.map_structure(leave, outputs)

@@ -1,0 +1,196 @@
+"""Rules of functions of single numbers, and of sums that are not added up."""
+
+import torch
+
+from keras.src.backend.torch.distribution.global_rows import carrier
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
+from keras.src.backend.torch.distribution.global_rows.carrier import is_addend
+from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
+from keras.src.backend.torch.distribution.global_rows.carrier import leaf_of_all
+from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
+from keras.src.backend.torch.distribution.global_rows.table import align
+from keras.src.backend.torch.distribution.global_rows.table import is_in_place
+from keras.src.backend.torch.distribution.global_rows.table import rule
+from keras.src.backend.torch.distribution.global_rows.table import tensors_of
+from keras.src.backend.torch.distribution.global_rows.table import with_tensors
+
+
+@rule(
+    """
+    abs absolute acos acosh add addcdiv addcmul angle arccos arccosh arcsin
+    arcsinh arctan arctan2 arctanh asin asinh atan atan2 atanh bitwise_and
+    bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor
+    ceil celu clamp clamp_max clamp_min clip conj_physical copysign cos cosh
+    deg2rad digamma div divide elu eq erf erfc erfinv exp exp2 expm1 fix
+    float_power floor floor_divide fmax fmin fmod frac ge gelu greater
+    greater_equal gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot
+    i0 isclose isfinite isinf isnan isneginf isposinf isreal le leaky_relu lerp
+    less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and
+    logical_not logical_or logical_xor logit logsigmoid log_sigmoid lt
+    masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative
+    nextafter not_equal positive pow rad2deg reciprocal relu relu6 remainder
+    round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus
+    softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold
+    true_divide trunc where xlogy
+
+    __abs__ __add__ __and__ __eq__ __floordiv__ __ge__ __gt__ __invert__ __le__
+    __lt__ __mod__ __mul__ __ne__ __neg__ __or__ __pos__ __pow__ __radd__
+    __rand__ __rdiv__ __rfloordiv__ __rmod__ __rmul__ __ror__ __rpow__ __rsub__
+    __rtruediv__ __rxor__ __sub__ __truediv__ __xor__ __lshift__ __rshift__
+
+    __iadd__ __iand__ __ifloordiv__ __imod__ __imul__ __ior__ __ipow__ __isub__
+    __itruediv__ __ixor__ abs_ add_ addcdiv_ addcmul_ ceil_ clamp_ clamp_max_
+    clamp_min_ clip_ copy_ cos_ div_ divide_ eq_ exp_ fill_ floor_ ge_ gt_ le_
+    lerp_ log_ logical_and_ logical_not_ logical_or_ lt_ masked_fill_ mul_
+    multiply_ nan_to_num_ ne_ neg_ negative_ pow_ reciprocal_ relu_ remainder_
+    round_ rsqrt_ sigmoid_ sign_ sin_ sqrt_ square_ sub_ subtract_ tanh_ trunc_
+    zero_
+    """
+)
+def elementwise(func, args, kwargs):
+    """Functions of tensors that are broadcast to each other."""
+    if kwargs or len(args) > 2 or func.__name__[-1] == "_" != func.__name__[0]:
+        return _elementwise(func, args, kwargs)
+    a = args[0]
+    if len(args) == 1:
+        if a.at is not None:
+            return GlobalTensor(func(a.local), a.at, a.rows, a._global_shape)
+    elif type(a) is GlobalTensor and a.at is not None:
+        b = args[1]  # The usual cases, quickly.
+        if type(b) in (float, int):
+            if not is_in_place(func.__name__):
+                return GlobalTensor(
+                    func(a.local, b), a.at, a.rows, a._global_shape
+                )
+        elif (
+            type(b) is GlobalTensor
+            and b.rows is a.rows
+            and b.at == a.at
+            and len(a._global_shape) == len(b._global_shape)
+            and not is_in_place(func.__name__)
+        ):
+            return GlobalTensor(func(a.local, b.local), a.at, a.rows)
+    return _elementwise(func, args, kwargs)
+
+
+def _elementwise(func, args, kwargs):
+    operands = tensors_of(args, kwargs)
+    if operands is None or "out" in kwargs:
+        return NotImplemented
+    name = func.__name__
+    if name == "where" and len(operands) < 2:
+        return NotImplemented  # Positions.
+    if not any(map(is_rows, operands)):
+        return addends(func, args, kwargs, operands)
+    if any(x.is_complex() for x in operands):
+        return NotImplemented
+    aligned = align(operands, max(x.ndim for x in operands))
+    if aligned is None:
+        return NotImplemented
+    rows, dim, local = aligned
+    if is_in_place(name):
+        a = args[0]
+        if not (is_rows(a) and a.rows is rows and a.at == dim):
+            return NotImplemented
+        if a.ndim < max(x.ndim for x in operands):
+            return NotImplemented  # torch's error.
+        args, kwargs = with_tensors(args, kwargs, local)
+        func(*args, **kwargs)
+        return a
+    args, kwargs = with_tensors(args, kwargs, local)
+    y = func(*args, **kwargs)
+    # Python's operators say so of what they cannot take.
+    return y if y is NotImplemented else GlobalTensor(y, dim, rows)
+
+
+ADD = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
+ADD_IN_PLACE = frozenset("add_ sub_ subtract_ __iadd__ __isub__".split())
+SCALE = frozenset("mul multiply __mul__ __rmul__".split())
+DIVIDE = frozenset("div divide true_divide __truediv__".split())
+NEGATE = frozenset("neg negative __neg__ positive __pos__".split())
+
+
+def addends(func, args, kwargs, operands):
+    """Linear functions of sums that are not added up yet stay so."""
+    name = func.__name__
+    box = next((x for x in operands if is_addend(x)), None)
+    if box is None or kwargs or len(args) > 2:
+        return NotImplemented
+    if any(type(x) is GlobalTensor and not is_addend(x) for x in operands):
+        return NotImplemented
+    if name in NEGATE:
+        return carrier.addend(func(box.local), box.rows)
+    if len(args) != 2 or any(isinstance(x, bool) for x in args):
+        return NotImplemented
+    if any(x.is_complex() or x.dtype is torch.bool for x in operands):
+        return NotImplemented
+    a, b = args
+    both = is_addend(a) and is_addend(b)
+    if name in ADD or name in ADD_IN_PLACE:
+        if both and a.rows.group is not b.rows.group:
+            return NotImplemented
+        if name in ADD_IN_PLACE and not is_addend(a):
+            return NotImplemented
+        # A number counts once for each entry, of integers on one shard.
+        parts = [_part(x, box) for x in args]
+        y = func(*parts)
+        if name in ADD_IN_PLACE:
+            a.local = y
+            return a
+        return carrier.addend(y, box.rows)
+    if not box.dtype.is_floating_point:
+        return NotImplemented
+    if name in SCALE and not both or name in DIVIDE and is_addend(a):
+        if both:
+            return NotImplemented
+        parts = [x.local if is_addend(x) else _leaf(x, box.rows) for x in args]
+        return carrier.addend(func(*parts), box.rows)
+    return NotImplemented
+
+
+def _leaf(x, rows):
+    return leaf_of_all(x, rows) if isinstance(x, torch.Tensor) else x
+
+
+def _part(x, box):
+    if is_addend(x):
+        return x.local
+    if isinstance(x, float) and not box.dtype.is_floating_point:
+        x = torch.tensor(x, device=box.device)
+    if isinstance(x, int) and box.dtype.is_floating_point:
+        x = float(x)
+    return carrier.part_of(_leaf(x, box.rows), box.rows)
+
+
+@rule(
+    """
+    bfloat16 bool byte char clone contiguous cpu cuda detach double float
+    empty_like full_like half int long ones_like short to type type_as
+    zeros_like
+    """
+)
+def like(func, args, kwargs):
+    """Functions of one tensor; of another one they take the kind."""
+    x, *rest = args
+    if not is_rows(x) and not is_addend(x):
+        return NotImplemented
+    rest = map_tensors(local_of, rest)
+    kwargs = map_tensors(local_of, kwargs)
+    y = func(x.local, *rest, **kwargs)
+    if not isinstance(y, torch.Tensor):
+        return y  # `type()` tells a name.
+    name = func.__name__
+    if x.at is None:
+        if name.endswith("_like") or not (
+            x.dtype.is_floating_point and y.dtype.is_floating_point
+        ):
+            return NotImplemented
+    if y is x.local:
+        return x
+    return GlobalTensor(y, x.at, x.rows)
+
+
+def local_of(x):
+    return x.local if type(x) is GlobalTensor else x
