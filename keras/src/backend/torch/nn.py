@@ -59,6 +59,10 @@ def _sharded_convolution(released, letters_of):
     @functools.wraps(released)
     def function(inputs, kernel, *args, **kwargs):
         if convolution.mesh_of(inputs, kernel) is None:
+            if _fails_on_one_row(inputs, kernel):
+                # A second row, that nothing is made of.
+                inputs = torch.cat([inputs, inputs.detach()])
+                return released(inputs, kernel, *args, **kwargs)[:1]
             return released(inputs, kernel, *args, **kwargs)
         inputs = upstream.convert_to_tensor(inputs)
         kernel = upstream.convert_to_tensor(kernel)
@@ -72,6 +76,22 @@ def _sharded_convolution(released, letters_of):
         )
 
     return function
+
+
+def _fails_on_one_row(inputs, kernel):
+    """Whether backward of a convolution fails on a data shard's only row.
+
+    torch 2.13: of one row, on one thread, the CPU's plain kernel is taken, which
+    refuses the gradient of a kernel of one channel, as Keras lays it out.
+    """
+    return (
+        rows.get_current_rows() is not None
+        and torch.is_tensor(inputs)
+        and inputs.device.type == "cpu"
+        and inputs.shape[0] == 1
+        and 1 in kernel.shape[-2:]
+        and torch.is_grad_enabled()
+    )
 
 
 def _of_rows(function, tensors):

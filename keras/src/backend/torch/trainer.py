@@ -149,6 +149,7 @@ class Step:
         self.model = model
         self.function = function
         self.is_known = None  # Whether all code in it is Keras's own.
+        self.kinds_of_batches = set()
 
     def __call__(self, data):
         context = current()
@@ -168,7 +169,8 @@ class Step:
             metric_states.local(states, context),
         ):
             with logs_lib.unchanged_by_no_rows(states, data.rows):
-                logs = self.run(data)
+                with self.compiled_if_met_before(data):
+                    logs = self.run(data)
             return self.finish(logs, context)
 
     def on_global_batch(self, data, context):
@@ -182,6 +184,21 @@ class Step:
         ):
             logs = self.run([step.enter(data[0], data.rows)])
             return self.finish_global(logs, states, context)
+
+    def compiled_if_met_before(self, data):
+        """Within it, a compiled step is run as written on a new kind of batch:
+        layers find their style there, which compiled code takes as known."""
+        if not self.model.jit_compile:
+            return contextlib.nullcontext()
+        kind = tuple(
+            (tuple(x.shape[1:]), str(x.dtype))
+            for x in tree.flatten(data[0])
+            if x is not None
+        )
+        if kind in self.kinds_of_batches:
+            return contextlib.nullcontext()
+        self.kinds_of_batches.add(kind)
+        return torch.compiler.set_stance("force_eager")
 
     def uncompiled(self):
         # torch's compiler does not trace the table: it would break the graph

@@ -23,6 +23,10 @@ from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.gradients import REDUCED
 
+# On our rows of a gradient that somebody was handed: the gradient of which
+# they are a part. What is written into them is written into it.
+GRADIENT = "_keras_gradient"
+
 
 class Sum(torch.autograd.Function):
     """Sum of the addends of data shards; backward: the same of gradients.
@@ -33,7 +37,10 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
-        x = x.clone(memory_format=torch.contiguous_format)
+        if x.is_sparse:  # A gradient of an embedding.
+            x = x.to_dense()
+        else:
+            x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x, group=group)
         return x
 
@@ -51,7 +58,13 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, rows):
         ctx.dim, ctx.rows = dim, rows
-        return gathered(x, dim, rows)
+        y = gathered(x, dim, rows)
+        if y._is_view():
+            # The same memory: autograd lets nobody write into views of views.
+            y = y.new_empty(0).set_(
+                y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
+            )
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -121,7 +134,13 @@ class GlobalTensor(torch.Tensor):
     @property
     def grad(self):
         grad = self.local.grad
-        return None if grad is None else self.like(grad / shards_of(self.rows))
+        if grad is None:
+            return None
+        local = grad / shards_of(self.rows)
+        if self.at is None:
+            return local  # As our addend has it, so has the sum.
+        setattr(local, GRADIENT, (grad, self.rows))
+        return self.like(local)
 
     @grad.setter
     def grad(self, value):
@@ -276,22 +295,7 @@ def whole(x):
 def keep(x, kept):
     x._whole = kept
     x._version_of_local, x._version_of_whole = x.local._version, kept._version
-
-
-def write_back(x):
-    """Takes what was written into (a view of) the gathered rows."""
-    kept = x._whole
-    if kept is None or kept._version == x._version_of_whole:
-        return
-    if x.pending is not None:
-        keep(x, kept)
-        return
-    if x.at is None:
-        x.local = part_of(kept, x.rows)
-    else:
-        with torch.no_grad():
-            x.local.copy_(x.rows.cut(kept, x.at))
-    keep(x, kept)
+    x._graph_of_whole = kept.grad_fn
 
 
 def of_loss(x):

@@ -2,6 +2,7 @@
 
 import torch
 
+from keras.src.backend.torch.distribution.global_rows import aliases
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -33,7 +34,7 @@ from keras.src.backend.torch.distribution.global_rows.table import with_tensors
     nextafter not_equal positive pow rad2deg reciprocal relu relu6 remainder
     round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus
     softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold
-    true_divide trunc where xlogy
+    true_divide trunc xlogy _threshold
 
     __abs__ __add__ __and__ __eq__ __floordiv__ __ge__ __gt__ __invert__ __le__
     __lt__ __mod__ __mul__ __ne__ __neg__ __or__ __pos__ __pow__ __radd__
@@ -51,11 +52,11 @@ from keras.src.backend.torch.distribution.global_rows.table import with_tensors
 )
 def elementwise(func, args, kwargs):
     """Functions of tensors that are broadcast to each other."""
-    if kwargs or len(args) > 2 or func.__name__[-1] == "_" != func.__name__[0]:
+    if kwargs or len(args) > 2:
         return _elementwise(func, args, kwargs)
     a = args[0]
     if len(args) == 1:
-        if a.at is not None:
+        if a.at is not None and not is_in_place(func.__name__):
             return GlobalTensor(func(a.local), a.at, a.rows, a._global_shape)
     elif type(a) is GlobalTensor and a.at is not None:
         b = args[1]  # The usual cases, quickly.
@@ -75,13 +76,18 @@ def elementwise(func, args, kwargs):
     return _elementwise(func, args, kwargs)
 
 
+@rule("where")
+def where(func, args, kwargs):
+    if len(args) + len(kwargs) < 3:
+        return NotImplemented  # Positions.
+    return _elementwise(func, args, kwargs)
+
+
 def _elementwise(func, args, kwargs):
     operands = tensors_of(args, kwargs)
     if operands is None or "out" in kwargs:
         return NotImplemented
     name = func.__name__
-    if name == "where" and len(operands) < 2:
-        return NotImplemented  # Positions.
     if not any(map(is_rows, operands)):
         return addends(func, args, kwargs, operands)
     if any(x.is_complex() for x in operands):
@@ -101,8 +107,13 @@ def _elementwise(func, args, kwargs):
         return a
     args, kwargs = with_tensors(args, kwargs, local)
     y = func(*args, **kwargs)
-    # Python's operators say so of what they cannot take.
-    return y if y is NotImplemented else GlobalTensor(y, dim, rows)
+    if y is NotImplemented:  # Python's operators, of what they cannot take.
+        return y
+    for x, ours in zip(operands, local):
+        if y is ours and type(x) is GlobalTensor:  # `inplace=True`
+            aliases.written_into(x)
+            return x
+    return GlobalTensor(y, dim, rows)
 
 
 ADD = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
@@ -135,11 +146,8 @@ def addends(func, args, kwargs, operands):
             return NotImplemented
         # A number counts once for each entry, of integers on one shard.
         parts = [_part(x, box) for x in args]
-        y = func(*parts)
-        if name in ADD_IN_PLACE:
-            a.local = y
-            return a
-        return carrier.addend(y, box.rows)
+        y = func(*parts)  # In place, others may have views of it.
+        return a if name in ADD_IN_PLACE else carrier.addend(y, box.rows)
     if not box.dtype.is_floating_point:
         return NotImplemented
     if name in SCALE and not both or name in DIVIDE and is_addend(a):
@@ -187,6 +195,8 @@ def like(func, args, kwargs):
             x.dtype.is_floating_point and y.dtype.is_floating_point
         ):
             return NotImplemented
+        if y.dtype.itemsize < x.dtype.itemsize:
+            return NotImplemented  # To round the sum, not each addend.
     if y is x.local:
         return x
     return GlobalTensor(y, x.at, x.rows)

@@ -138,10 +138,11 @@ def attention(func, args, kwargs):
     mask = bound.get("attn_mask")
     if mask is not None:
         if mask.ndim == q.ndim and mask.shape[0] == q.rows.total:
-            mask = carrier.ours(mask, 0, q.rows)
+            bound["attn_mask"] = carrier.ours(mask, 0, q.rows)
         elif is_rows(mask):
             return NotImplemented
-        bound["attn_mask"] = leaf_of_all(whole(mask), q.rows)
+        else:
+            bound["attn_mask"] = leaf_of_all(whole(mask), q.rows)
     three = [carrier.ours(x, 0, q.rows) for x in three]
     return GlobalTensor(func(*three, **bound), 0, q.rows)
 
@@ -166,9 +167,13 @@ def batch_norm(func, args, kwargs):
     map_tensors(found.append, others)
     if any(type(other) is GlobalTensor for other in found):
         return NotImplemented
-    rest, kwargs = map_tensors(lambda w: leaf_of_all(w, x.rows), others)
     if func is F.instance_norm and x.ndim < 3:
         return NotImplemented
+    names = ("running_mean", "running_var")
+    kept = [*args[3 if native else 1 :][:2], *map(kwargs.get, names)]
+    if any(y is not None and y.requires_grad for y in kept):
+        return NotImplemented  # torch's error.
+    rest, kwargs = map_tensors(lambda w: leaf_of_all(w, x.rows), others)
     function = {
         F.batch_norm: batch_norms.batch_norm,
         F.instance_norm: batch_norms.instance_norm,
@@ -311,15 +316,26 @@ def question(func, args, kwargs):
     return func(*args, **kwargs)
 
 
+# What our rows say of all.
+OF_ALL = """
+    device dtype grad_dtype grad_fn is_cpu is_cuda is_ipu is_leaf is_maia
+    is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse is_sparse_csr
+    is_vulkan is_xla is_xpu itemsize layout name requires_grad retains_grad
+    volatile _backward_hooks _grad_fn _version output_nr
+"""
+OF_ALL = frozenset(OF_ALL.split())
+
+
 @rule("__get__")
 def attribute(func, args, kwargs):
     name = func.__self__.__name__
-    if name == "data" and (is_rows(args[0]) or is_addend(args[0])):
-        x = args[0]
-        return GlobalTensor(x.local.data, x.at, x.rows)
-    if name in ("data", "real", "imag", "H", "mH"):
-        return NotImplemented
-    return func(args[0].local)
+    x = args[0]
+    if name == "data" and is_global(x):
+        # Not `data` of ours: what was gathered must know of writes into it.
+        return GlobalTensor(x.local.detach(), x.at, x.rows)
+    if name == "nbytes":
+        return x.numel() * x.dtype.itemsize
+    return func(x.local) if name in OF_ALL else NotImplemented
 
 
 @rule("__set__ __delete__")
@@ -334,7 +350,8 @@ def set_attribute(func, args, kwargs):
 
 @rule("__hash__ __dir__ __repr__ has_torch_function is_tensor")
 def of_the_box(func, args, kwargs):
-    return func(*args, **kwargs)
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 @rule("is_same_size")
@@ -345,28 +362,33 @@ def is_same_size(func, args, kwargs):
 # ---- autograd ----------------------------------------------------------------
 
 
-@rule("register_hook retain_grad register_post_accumulate_grad_hook")
+@rule("register_hook retain_grad")
 def hooked(func, args, kwargs):
-    """Hooks of somebody's see the gradient of all rows."""
+    """Hooks of somebody's see the gradient of all rows, or of a sum."""
     x, *hooks = args
-    if not is_rows(x) or func.__name__ == "register_post_accumulate_grad_hook":
-        if func.__name__ != "retain_grad":
-            raise NotImplementedError(
-                f"`{func.__name__}` of a sum over rows, or of what is put off. "
-                "Hook the tensor of rows that it is a sum of."
-            )
-        return func(x.local)
+    if not is_global(x):
+        return NotImplemented
     if not hooks:
         return func(x.local)
     shards = carrier.shards_of(x.rows)
 
     def hook(grad):
-        y = hooks[0](x.like(grad / shards))
+        grad = grad / shards
+        y = hooks[0](grad if x.at is None else x.like(grad))
         if y is None:
             return None
-        return carrier.ours(y, x.at, x.rows) * shards
+        y = whole(y) if x.at is None else carrier.ours(y, x.at, x.rows)
+        return y * shards
 
     return func(x.local, hook)
+
+
+@rule("register_post_accumulate_grad_hook")
+def hooked_after(func, args, kwargs):
+    x, hook = args
+    if not is_rows(x):
+        return NotImplemented
+    return func(x.local, lambda _: hook(x))
 
 
 @rule("grad")
@@ -429,12 +451,10 @@ def _loss_of(x, grad):
 def _of_input(x, grad, shards, rows):
     if grad is None:
         return None
-    if is_global(x):
-        return (
-            x.like(grad / shards)
-            if is_rows(x)
-            else whole(carrier.addend(grad / shards, x.rows))
-        )
+    if is_rows(x):
+        return x.like(grad / shards)
+    if is_addend(x):
+        return grad / shards  # As our addend has it, so has the sum.
     if hasattr(x, REDUCED) or type(x) not in (
         torch.Tensor,
         torch.nn.Parameter,

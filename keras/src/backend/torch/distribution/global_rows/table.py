@@ -11,11 +11,13 @@ A rule takes the function and its arguments, and returns its result or
 signature has them: what a rule does not know of makes it give way.
 """
 
+import functools
 import logging
 
 import torch
 
 from keras.src.backend.common import KerasVariable
+from keras.src.backend.torch.distribution.global_rows import aliases
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -55,9 +57,34 @@ def run(func, types, args, kwargs):
             args, kwargs = _values((args, kwargs))
             break
     for x in args:
-        if type(x) is GlobalTensor and x._whole is not None:
-            carrier.write_back(x)
+        if type(x) is GlobalTensor:
+            if x._whole is not None or x.local._base is not None:
+                aliases.settle(x)
+            elif aliases.FOLLOWED in x.local.__dict__:
+                aliases.settle(x)
+        elif type(x) in (list, tuple):
+            map_tensors(_settle, x)
+    if kwargs:
+        map_tensors(_settle, kwargs)
     name = func.__name__
+    y = _run(func, name, args, kwargs)
+    if is_in_place(name) or "out" in kwargs:
+        written = kwargs.get("out", args[0] if args else None)
+        map_tensors(_tell, [written])
+    return y
+
+
+def _settle(x):
+    if type(x) is GlobalTensor:
+        aliases.settle(x)
+
+
+def _tell(x):
+    if type(x) is GlobalTensor:
+        aliases.written_into(x)
+
+
+def _run(func, name, args, kwargs):
     rule = RULES.get(name)
     if rule is not None and not is_transforming():
         if not args and "input" in kwargs and name != "where":
@@ -79,8 +106,17 @@ def on_all_rows(func, name, args, kwargs):
     """
     _log(name)
     if not is_in_place(name) and "out" not in kwargs:
-        args, kwargs = map_tensors(whole, (args, kwargs))
-        return func(*args, **kwargs)
+        boxes = []
+
+        def gather(x):
+            if type(x) is GlobalTensor:
+                boxes.append(x)
+            return whole(x)
+
+        args, kwargs = map_tensors(gather, (args, kwargs))
+        y = func(*args, **kwargs)
+        aliases.follow(y, boxes)
+        return y
     return _in_place_on_all_rows(func, args, kwargs)
 
 
@@ -100,15 +136,20 @@ def _in_place_on_all_rows(func, args, kwargs):
     for x, y, version in targets:
         if y._version == version:
             continue
-        if x.at is None:
-            x.local = carrier.part_of(y, x.rows)
-        else:
-            x.local.copy_(x.rows.cut(y, x.at))
-        carrier.keep(x, y)
+        if y.shape != x.shape:
+            raise NotImplementedError(
+                f"'{func.__name__}' changes the shape of a tensor in place, "
+                "which holds rows of the global batch. Use a function that "
+                "returns a new tensor."
+            )
+        aliases.write(x, y)
+        if not aliases.is_followed(x):
+            carrier.keep(x, y)
     back = {id(y): x for x, y, _ in targets}
     return map_tensors(lambda y: back.get(id(y), y), result)
 
 
+@functools.cache
 def is_in_place(name):
     if name.startswith("__"):
         return name == "__setitem__" or (
