@@ -16,6 +16,10 @@ from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
 from keras.src.backend.torch.distribution.modes import modes
 
 __all__ = [
@@ -149,6 +153,11 @@ def distribute_variable(value, layout, trainable=None):
 def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
     """Distribute the input data with the corresponding layout.
 
+    Under a distribution that splits batches over this axis, the result is the
+    global batch for a program outside of `fit`: its shape is global, each
+    process holds its rows, and what models, losses and torch functions compute
+    from it is one device's. Otherwise it is a DTensor.
+
     Collective: every process of the layout's mesh calls it.
 
     Args:
@@ -159,8 +168,11 @@ def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
             Defaults to the axis of the layout's first dim.
 
     Returns:
-        A global batch distributed according to `layout`, a DTensor.
+        A global batch distributed according to `layout`: a `torch.Tensor` of
+        the global shape. What is one already is returned as it is.
     """
+    if isinstance(per_process_batch, (DTensor, GlobalTensor)):
+        return per_process_batch
     layout = getattr(layout, "tensor_layout", layout)
     batch = convert_to_tensor(per_process_batch)
     placements = _placements(layout, batch.shape)
@@ -170,6 +182,15 @@ def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
         return storage.shard(batch, mesh, placements)
     axis = list(layout.device_mesh.axis_names).index(name)
     counts = rows.counts(batch.shape[0], mesh.get_group(axis))
+    context = context_lib.current()
+    if (
+        context is not None
+        and context.data_size > 1
+        and context.data_axis == axis
+        and context.mesh == mesh
+        and all(cuts.is_cut(p) == (i == axis) for i, p in enumerate(placements))
+    ):
+        return borders.Step(context).enter(batch, rows.Rows(counts, 0))
     return rows.assemble(batch, counts, mesh, axis, placements)
 
 

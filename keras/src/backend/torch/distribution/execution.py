@@ -12,6 +12,7 @@ from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import gradients
 from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import plan
+from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import styles
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows.carrier import (
@@ -42,6 +43,15 @@ def call(layer, context, args, kwargs):
         function = functools.partial(_call_outermost, context, function)
     if borders.is_seen():
         return borders.call_layer(layer, function, args, kwargs)
+    if (
+        not modes.calls
+        and context.data_size > 1
+        and rows.get_current_rows() is None
+        and borders.rows_of((args, kwargs)) is not None
+    ):
+        # The global batch of a program outside of steps.
+        with borders.step(context):
+            return borders.call_layer(layer, function, args, kwargs)
     return function(args, kwargs)
 
 

@@ -56,7 +56,12 @@ class Step:
         return self.bound(rows.counts)
 
     def enter(self, data, rows):
-        """A batch of our rows, as the global one."""
+        """A batch of our rows, as the global one.
+
+        Args:
+            data: nested arrays with our rows in dim 0.
+            rows: `rows.Rows`, of which the counts are taken.
+        """
         rows = self.bound(rows.counts)
 
         def enter(x):

@@ -29,58 +29,102 @@ from keras.src.backend.torch.distribution.global_rows.table import with_tensors
     greater_equal gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot
     i0 isclose isfinite isinf isnan isneginf isposinf isreal le leaky_relu lerp
     less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and
-    logical_not logical_or logical_xor logit logsigmoid log_sigmoid lt
+    logical_not logical_or logical_xor logit log_sigmoid lt
     masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative
-    nextafter not_equal positive pow rad2deg reciprocal relu relu6 remainder
+    nextafter not_equal positive pow rad2deg real reciprocal relu relu6 remainder
     round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus
     softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold
     true_divide trunc xlogy _threshold
 
-    __abs__ __add__ __and__ __eq__ __floordiv__ __ge__ __gt__ __invert__ __le__
-    __lt__ __mod__ __mul__ __ne__ __neg__ __or__ __pos__ __pow__ __radd__
-    __rand__ __rdiv__ __rfloordiv__ __rmod__ __rmul__ __ror__ __rpow__ __rsub__
-    __rtruediv__ __rxor__ __sub__ __truediv__ __xor__ __lshift__ __rshift__
+    __and__ __eq__ __floordiv__ __iand__ __ilshift__ __invert__ __ior__
+    __irshift__ __ixor__ __lshift__ __or__ __rand__ __rdiv__ __rfloordiv__
+    __rlshift__ __rmod__ __ror__ __rpow__ __rrshift__ __rshift__ __rsub__
+    __rxor__ __xor__
 
-    __iadd__ __iand__ __ifloordiv__ __imod__ __imul__ __ior__ __ipow__ __isub__
-    __itruediv__ __ixor__ abs_ add_ addcdiv_ addcmul_ ceil_ clamp_ clamp_max_
-    clamp_min_ clip_ copy_ cos_ div_ divide_ eq_ exp_ fill_ floor_ ge_ gt_ le_
-    lerp_ log_ logical_and_ logical_not_ logical_or_ lt_ masked_fill_ mul_
-    multiply_ nan_to_num_ ne_ neg_ negative_ pow_ reciprocal_ relu_ remainder_
-    round_ rsqrt_ sigmoid_ sign_ sin_ sqrt_ square_ sub_ subtract_ tanh_ trunc_
-    zero_
+    abs_ add_ addcdiv_ addcmul_ ceil_ clamp_ clamp_max_ clamp_min_ clip_ copy_
+    cos_ div_ divide_ eq_ exp_ fill_ floor_ floor_divide_ ge_ gt_ le_ lerp_ log_
+    logical_and_ logical_not_ logical_or_ lt_ masked_fill_ mul_ multiply_
+    nan_to_num_ ne_ neg_ negative_ pow_ reciprocal_ relu_ remainder_ round_
+    rsqrt_ sigmoid_ sign_ sin_ sqrt_ square_ sub_ subtract_ tanh_ trunc_ zero_
     """
 )
 def elementwise(func, args, kwargs):
     """Functions of tensors that are broadcast to each other."""
-    if kwargs or len(args) > 2:
-        return _elementwise(func, args, kwargs)
-    a = args[0]
-    if len(args) == 1:
-        if a.at is not None and not is_in_place(func.__name__):
-            return GlobalTensor(func(a.local), a.at, a.rows, a._global_shape)
-    elif type(a) is GlobalTensor and a.at is not None:
-        b = args[1]  # The usual cases, quickly.
-        if type(b) in (float, int):
-            if not is_in_place(func.__name__):
-                return GlobalTensor(
-                    func(a.local, b), a.at, a.rows, a._global_shape
-                )
-        elif (
-            type(b) is GlobalTensor
-            and b.rows is a.rows
-            and b.at == a.at
-            and len(a._global_shape) == len(b._global_shape)
-            and not is_in_place(func.__name__)
-        ):
-            return GlobalTensor(func(a.local, b.local), a.at, a.rows)
-    return _elementwise(func, args, kwargs)
+    y = NotImplemented if kwargs else _alike(func, args)
+    return _elementwise(func, args, kwargs) if y is NotImplemented else y
+
+
+_NUMBERS = frozenset((bool, float, int, str, type(None)))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def _alike(func, args):
+    """The usual case, quickly: the same rows in the same dim of as many dims,
+    and what has no dim there."""
+    first, local, plain = None, [], None
+    for x in args:
+        kind = type(x)
+        if kind is GlobalTensor:
+            if first is None:
+                if x.at is None:
+                    return _scaled(func, args)
+                first = x
+            elif (
+                x.rows is not first.rows
+                or x.at != first.at
+                or len(x._global_shape) != len(first._global_shape)
+            ):
+                return NotImplemented
+            local.append(x.local)
+        elif kind in _NUMBERS:
+            local.append(x)
+        elif kind in _PLAIN:
+            plain = [x] if plain is None else [*plain, x]
+            local.append(x)
+        else:
+            return NotImplemented
+    if first is None:
+        return NotImplemented
+    if plain is not None:
+        most = len(first._global_shape) - first.at
+        for x in plain:
+            if x.dim() >= most:
+                return NotImplemented
+            if x.requires_grad:
+                leaf_of_all(x, first.rows)
+    in_place = is_in_place(func.__name__)
+    if in_place and args[0] is not first:
+        return NotImplemented
+    y = func(*local)
+    if in_place or y is first.local:  # `inplace=True`
+        if not in_place:
+            aliases.written_into(first)
+        return first
+    if y is NotImplemented:  # Python's operators, of what they cannot take.
+        return y
+    shape = first._global_shape if len(args) == 1 else None
+    return GlobalTensor(y, first.at, first.rows, shape)
+
+
+def _scaled(func, args):
+    """A sum times a number, quickly."""
+    x = args[0]
+    if (
+        len(args) != 2
+        or type(args[1]) not in (float, int)
+        or func.__name__ not in TIMES
+        or not is_addend(x)
+        or not x.dtype.is_floating_point
+    ):
+        return NotImplemented
+    return carrier.addend(func(x.local, args[1]), x.rows)
 
 
 @rule("where")
 def where(func, args, kwargs):
     if len(args) + len(kwargs) < 3:
         return NotImplemented  # Positions.
-    return _elementwise(func, args, kwargs)
+    return elementwise(func, args, kwargs)
 
 
 def _elementwise(func, args, kwargs):
@@ -116,11 +160,12 @@ def _elementwise(func, args, kwargs):
     return GlobalTensor(y, dim, rows)
 
 
-ADD = frozenset("add sub subtract __add__ __radd__ __sub__ __rsub__".split())
-ADD_IN_PLACE = frozenset("add_ sub_ subtract_ __iadd__ __isub__".split())
-SCALE = frozenset("mul multiply __mul__ __rmul__".split())
-DIVIDE = frozenset("div divide true_divide __truediv__".split())
-NEGATE = frozenset("neg negative __neg__ positive __pos__".split())
+ADD = frozenset("add sub subtract __rsub__".split())
+ADD_IN_PLACE = frozenset("add_ sub_ subtract_".split())
+SCALE = frozenset("mul multiply".split())
+DIVIDE = frozenset("div divide true_divide".split())
+TIMES = SCALE | DIVIDE
+NEGATE = frozenset("neg negative positive".split())
 
 
 def addends(func, args, kwargs, operands):

@@ -123,6 +123,24 @@ def similarity(func, args, kwargs):
     return GlobalTensor(y, at - (dim < at), rows)
 
 
+@rule("cross linalg_cross")
+def cross(func, args, kwargs):
+    bound = bind("input other dim", args, kwargs)
+    if bound is None or type(bound.get("dim")) is not int:
+        return NotImplemented
+    operands = bound["input"], bound.get("other")
+    if not all(isinstance(x, torch.Tensor) for x in operands):
+        return NotImplemented
+    ndim = operands[0].ndim
+    if not any(map(is_rows, operands)) or operands[1].ndim != ndim:
+        return NotImplemented
+    aligned = align(operands, ndim)
+    if aligned is None or bound["dim"] % ndim == aligned[1]:
+        return NotImplemented
+    rows, at, local = aligned
+    return GlobalTensor(func(*local, dim=bound["dim"]), at, rows)
+
+
 @rule("scaled_dot_product_attention")
 def attention(func, args, kwargs):
     names = "query key value attn_mask dropout_p is_causal scale enable_gqa"
@@ -306,8 +324,8 @@ def class_losses(func, args, kwargs):
 @rule(
     """
     new_empty new_full new_ones new_tensor new_zeros is_floating_point
-    is_complex is_signed element_size result_type can_cast get_device
-    is_contiguous is_inference is_conj is_neg is_pinned is_shared is_sparse
+    is_complex is_signed element_size result_type get_device
+    is_contiguous is_inference is_conj is_neg is_pinned is_shared
     """
 )
 def question(func, args, kwargs):
@@ -319,9 +337,9 @@ def question(func, args, kwargs):
 # What our rows say of all.
 OF_ALL = """
     device dtype grad_dtype grad_fn is_cpu is_cuda is_ipu is_leaf is_maia
-    is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse is_sparse_csr
-    is_vulkan is_xla is_xpu itemsize layout name requires_grad retains_grad
-    volatile _backward_hooks _grad_fn _version output_nr
+    is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
+    is_sparse_csr is_vulkan is_xla is_xpu itemsize layout name output_nr
+    requires_grad retains_grad volatile _backward_hooks _grad_fn _version
 """
 OF_ALL = frozenset(OF_ALL.split())
 
@@ -338,17 +356,23 @@ def attribute(func, args, kwargs):
     return func(x.local) if name in OF_ALL else NotImplemented
 
 
-@rule("__set__ __delete__")
+@rule("__set__")
 def set_attribute(func, args, kwargs):
-    x, *rest = args
-    if func.__self__.__name__ == "data" and is_rows(x):
-        x.local.data = carrier.ours(rest[0], x.at, x.rows)
+    x, value = args
+    if func.__self__.__name__ == "data" and is_global(x):
+        if is_rows(x):
+            x.local.data = carrier.ours(value, x.at, x.rows)
+        elif is_addend(value):
+            x.local.data = value.local
+        else:
+            x.local.data = carrier.part_of(whole(value), x.rows)
         x._whole = None
         return None
-    return func(x.local, *rest)
+    # A box among what torch itself holds would not be seen through.
+    return func(whole(x), whole(value))
 
 
-@rule("__hash__ __dir__ __repr__ has_torch_function is_tensor")
+@rule("__dir__")
 def of_the_box(func, args, kwargs):
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)

@@ -27,14 +27,14 @@ LAYERS = """
     AveragePooling1D AveragePooling2D AveragePooling3D GlobalAveragePooling1D
     GlobalAveragePooling2D GlobalAveragePooling3D GlobalMaxPooling1D
     GlobalMaxPooling2D GlobalMaxPooling3D MaxPooling1D MaxPooling2D MaxPooling3D
-    CategoryEncoding Discretization HashedCrossing Hashing AugMix AutoContrast
+    CategoryEncoding Discretization AugMix AutoContrast
     CenterCrop ContrastLimitedAdaptiveHistogramEqualization Equalization
     RandAugment RandomBrightness RandomColorDegeneration RandomColorJitter
     RandomContrast RandomCrop RandomElasticTransform RandomErasing RandomFlip
     RandomGaussianBlur RandomGrayscale RandomHue RandomInvert RandomPerspective
     RandomPosterization RandomRotation RandomSaturation RandomSharpness
-    RandomShear RandomTranslation RandomZoom Resizing Solarization IntegerLookup
-    MelSpectrogram Normalization Rescaling STFTSpectrogram StringLookup
+    RandomShear RandomTranslation RandomZoom Resizing Solarization
+    MelSpectrogram Normalization Rescaling STFTSpectrogram
     AlphaDropout Dropout GaussianDropout GaussianNoise SpatialDropout1D
     SpatialDropout2D SpatialDropout3D Cropping1D Cropping2D Cropping3D Flatten
     Permute RepeatVector Reshape UpSampling1D UpSampling2D UpSampling3D

@@ -1,5 +1,7 @@
 """Rules of products: what is summed over rows is an addend."""
 
+import string
+
 import torch
 
 from keras.src.backend.torch.distribution.global_rows import carrier
@@ -48,12 +50,17 @@ def _contracted(function, a, dim_of_a, b, dim_of_b):
 @rule("dot vdot inner")
 def dot(func, args, kwargs):
     two = _two(args, kwargs)
-    if two is None or any(x.ndim != 1 for x in two):
+    if two is None:
         return NotImplemented
-    return _contracted(torch.dot, two[0], 0, two[1], 0)
+    a, b = two
+    if func.__name__ == "inner" and b.ndim == 1 and a.ndim > 1:
+        return _times_vector(a, b)
+    if a.ndim != 1 or b.ndim != 1:
+        return NotImplemented
+    return _contracted(torch.dot, a, 0, b, 0)
 
 
-@rule("matmul mm bmm mv __matmul__ __rmatmul__")
+@rule("matmul mm bmm mv __rmatmul__")
 def product(func, args, kwargs):
     two = _two(args, kwargs)
     if two is None:
@@ -152,8 +159,8 @@ def distances(func, args, kwargs):
 
 @rule("tensordot")
 def tensordot(func, args, kwargs):
-    bound = bind("a b dims", args, kwargs)
-    if bound is None or len(bound) < 2:
+    bound = bind("a b dims out", args, kwargs)
+    if bound is None or len(bound) < 2 or bound.get("out") is not None:
         return NotImplemented
     a, b, dims = bound["a"], bound["b"], bound.get("dims", 2)
     if isinstance(dims, int):
@@ -184,6 +191,24 @@ def tensordot(func, args, kwargs):
     return einsum(torch.einsum, (equation, a, b), {})
 
 
+def _without_dots(inputs, output, operands):
+    """An equation with letters for the dots, where all have as many dims."""
+    counts = {
+        x.ndim - len(letters.replace("...", ""))
+        for letters, x in zip(inputs, operands)
+        if "..." in letters
+    }
+    if len(counts) != 1 or not 0 <= (count := counts.pop()) < 10:
+        return None
+    used = set("".join([*inputs, output]))
+    free = [c for c in string.ascii_uppercase if c not in used]
+    dots = "".join(free[:count])
+    if len(dots) < count:
+        return None
+    equation = f"{','.join(inputs)}->{output}".replace("...", dots)
+    return None if "." in equation else equation
+
+
 @rule("einsum")
 def einsum(func, args, kwargs):
     equation, *operands = args
@@ -192,10 +217,18 @@ def einsum(func, args, kwargs):
     if kwargs or not isinstance(equation, str):
         return NotImplemented
     equation = equation.replace(" ", "")
-    if "..." in equation or equation.count("->") != 1:
+    if equation.count("->") != 1:
         return NotImplemented
     inputs, output = equation.split("->")
     inputs = inputs.split(",")
+    if "." in equation:
+        if len(inputs) != len(operands):
+            return NotImplemented
+        equation = _without_dots(inputs, output, operands)
+        if equation is None:
+            return NotImplemented
+        inputs, output = equation.split("->")
+        inputs = inputs.split(",")
     first = next((i for i, x in enumerate(operands) if is_rows(x)), None)
     if first is None or len(inputs) != len(operands):
         return NotImplemented
@@ -224,8 +257,3 @@ def einsum(func, args, kwargs):
     if not all(x.dtype.is_floating_point for x in local):
         return NotImplemented
     return carrier.addend(func(equation, *local), rows)
-
-
-@rule("bilinear addmm baddbmm addmv addbmm addr chain_matmul")
-def on_all(func, args, kwargs):
-    return NotImplemented

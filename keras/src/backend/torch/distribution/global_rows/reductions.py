@@ -18,6 +18,7 @@ from keras.src.backend.torch.distribution.global_rows.table import ALIASES
 from keras.src.backend.torch.distribution.global_rows.table import bind
 from keras.src.backend.torch.distribution.global_rows.table import dims_of
 from keras.src.backend.torch.distribution.global_rows.table import rule
+from keras.src.backend.torch.distribution.global_rows.table import split
 from keras.src.backend.torch.distribution.global_rows.table import tensors_of
 
 
@@ -52,14 +53,14 @@ def along(func, args, kwargs, names="input dim", default=None, first=None):
 
 def _bound_along(args, kwargs, names):
     """The tensor, and the dims that a function is asked for."""
-    names = names.split()
+    names = split(names)
     values = dict(zip(names, args))
     for name, x in kwargs.items():
         name = ALIASES.get(name, name)
         if name in values:
             return None
         values[name] = x
-    if "input" not in values or "out" in values:
+    if "input" not in values or values.pop("out", None) is not None:
         return None
     others = [v for k, v in values.items() if k != "input"]
     others += args[len(names) :]

@@ -53,14 +53,17 @@ def run(func, types, args, kwargs):
     Collective along the data axis where it gathers.
     """
     for each in types:
-        if issubclass(each, KerasVariable):
+        if each is not GlobalTensor and issubclass(each, KerasVariable):
             args, kwargs = _values((args, kwargs))
             break
     for x in args:
         if type(x) is GlobalTensor:
-            if x._whole is not None or x.local._base is not None:
-                aliases.settle(x)
-            elif aliases.FOLLOWED in x.local.__dict__:
+            local = x.local
+            if (
+                x._whole is not None
+                or local._base is not None
+                or aliases.FOLLOWED in local.__dict__
+            ):
                 aliases.settle(x)
         elif type(x) in (list, tuple):
             map_tensors(_settle, x)
@@ -201,9 +204,12 @@ ALIASES = {
 }
 
 
+split = functools.cache(str.split)
+
+
 def bind(names, args, kwargs):
     """Arguments by name; None if there are others than these names."""
-    names = names.split()
+    names = split(names)
     if len(args) > len(names):
         return None
     bound = dict(zip(names, args))
@@ -239,6 +245,10 @@ def dims_of(where, ndim):
     """Dims as ints from 0 on; all for None, None for what is no dim."""
     if where is None:
         return list(range(ndim))
+    if type(where) is int:
+        if -ndim <= where < ndim:
+            return [where % ndim]
+        return None if ndim or where not in (-1, 0) else [0]
     where = where if isinstance(where, (list, tuple)) else [where]
     if any(type(d) is not int or not -ndim <= d < max(ndim, 1) for d in where):
         return None

@@ -273,6 +273,16 @@ def triangle(func, args, kwargs):
 # ---- joins and parts ---------------------------------------------------------
 
 
+@rule("hstack")
+def joined_columns(func, args, kwargs):
+    tensors = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(tensors, (list, tuple)) or not tensors:
+        return NotImplemented
+    if any(x.ndim < 2 for x in tensors):
+        return NotImplemented
+    return joined(torch.cat, (tensors, 1), {})
+
+
 @rule("cat concat concatenate stack")
 def joined(func, args, kwargs):
     name = "tensors" if "tensors" in kwargs else "input"
@@ -320,11 +330,9 @@ def _joined_addends(func, tensors, where):
     return carrier.addend(func(parts, where), rows)
 
 
-@rule("split chunk tensor_split split_with_sizes hsplit vsplit")
+@rule("split chunk tensor_split split_with_sizes")
 def split(func, args, kwargs):
     name = func.__name__
-    if name in ("hsplit", "vsplit"):
-        return NotImplemented
     second = {"chunk": "chunks", "tensor_split": "indices_or_sections"}
     second = second.get(name, "split_size_or_sections")
     if "split_size" in kwargs:
@@ -467,6 +475,16 @@ def picked(func, args, kwargs):
     if func.__name__ == "gather":
         return x.like(torch.gather(x.local, dim, index, **rest))
     return x.like(torch.take_along_dim(x.local, index, dim))
+
+
+@rule("bucketize")
+def bucketed(func, args, kwargs):
+    if len(args) != 2:
+        return NotImplemented
+    x, boundaries = args
+    if not is_rows(x) or type(boundaries) is not torch.Tensor:
+        return NotImplemented
+    return x.like(func(x.local, boundaries, **kwargs))
 
 
 @rule("one_hot")
