@@ -33,7 +33,7 @@ def _spec(mesh, mesh_id, placements, shape, dtype):
     return DTensorSpec(mesh, placements, tensor_meta=meta)
 
 
-def wrap(local, mesh, placements, shape):
+def wrap(local, mesh, placements, shape, kind=DTensor):
     """A DTensor around a local shard. Does not communicate, nor check.
 
     Args:
@@ -41,16 +41,23 @@ def wrap(local, mesh, placements, shape):
         mesh: torch mesh.
         placements: tuple, one placement for each axis of `mesh`.
         shape: tuple, the global shape.
+        kind: the class of the result.
     """
     spec = _spec(mesh, id(mesh), tuple(placements), tuple(shape), local.dtype)
     local = local.contiguous()  # As the strides of the specification say.
-    return DTensor(local, spec, requires_grad=local.requires_grad)
+    return kind(local, spec, requires_grad=local.requires_grad)
 
 
 def local_of(x):
     """The local shard of a DTensor, without autograd; shares its memory."""
     with torch.no_grad():
         return x.to_local()
+
+
+def is_weight(x):
+    """Whether a tensor is a weight as it is stored (`weights.ShardedTensor`),
+    which has a way of its own with torch's functions."""
+    return isinstance(x, DTensor) and hasattr(type(x), "sharding")
 
 
 def is_whole(x):
@@ -164,6 +171,8 @@ def whole(x):
     """
     if not isinstance(x, DTensor):
         return x
+    if is_weight(x):
+        return x.whole()
     x = reduced(x)
     if not is_whole(x):
         x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
