@@ -49,6 +49,11 @@ class Layout(typing.NamedTuple):
         axis = context.data_axis
         return axis if cuts.is_cut(self.placements[axis]) else None
 
+    @property
+    def is_partial(self):
+        """Whether it is a sum that is not taken yet."""
+        return any(p.is_partial() for p in self.placements)
+
     def wrap(self, local):
         """A tensor around our shard, without autograd."""
         x = sharded.wrap(
@@ -169,7 +174,7 @@ def gathered(x):
     Collective: every process of the DTensor's mesh calls it.
     """
     layout, stored = layout_of(x), x._local_tensor
-    if any(p.is_partial() for p in layout.placements):
+    if layout.is_partial:
         x = layout._replace(kind=DTensor, context=None).wrap(stored.detach())
         with torch.no_grad():
             x = sharded.summed(x)

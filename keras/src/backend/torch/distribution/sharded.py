@@ -71,11 +71,7 @@ def summed(x):
     Collective along the axes where `x` is partial.
     """
     if any(p.is_partial() for p in x.placements):
-        x = x.redistribute(
-            placements=[
-                Replicate() if p.is_partial() else p for p in x.placements
-            ]
-        )
+        x = Sum.apply(x)
     return x
 
 
@@ -84,6 +80,7 @@ def reduced(x):
 
     Collective along the axes where `x` is partial or strided.
     """
+    x = summed(x)
     for axis, placement in enumerate(x.placements):
         # Of a dim that a reshape has merged, DTensor makes a strided shard.
         # Nobody but DTensor can read it: it is none for `is_shard`.
@@ -92,6 +89,33 @@ def reduced(x):
             placements[axis] = Replicate()
             x = x.redistribute(placements=placements)
     return x
+
+
+class Sum(torch.autograd.Function):
+    """Partial sums, or means, become whole.
+
+    Backward: the gradient of each addend is that of the whole, whatever the
+    addends are of. (torch's own makes a partial gradient an addend of the
+    same kind, and fails where a sum would have to become a mean.)
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.placements = [
+            Replicate() if p.is_partial() else p for p in x.placements
+        ]
+        ctx.mesh = x.device_mesh
+        return x.redistribute(placements=ctx.placements)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not isinstance(grad, DTensor):
+            enter = Enter.apply if torch.is_grad_enabled() else wrap
+            replicate = (Replicate(),) * ctx.mesh.ndim
+            grad = enter(grad, ctx.mesh, replicate, tuple(grad.shape))
+        if list(grad.placements) != ctx.placements:
+            grad = grad.redistribute(placements=ctx.placements)
+        return grad
 
 
 def has_unlike_shards(x):

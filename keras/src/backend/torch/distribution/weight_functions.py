@@ -58,6 +58,9 @@ ENTRYWISE = operators.ELEMENTWISE | frozenset(
     """.split()
 )
 
+# Of a sum that is not taken yet, they may be had of each addend.
+OF_ADDENDS = frozenset("alias clone contiguous detach zero_".split())
+
 # They ask another tensor for its shape alone, or for its kind of number.
 OF_A_SHAPE = frozenset("expand_as reshape_as view_as".split())
 OF_A_DTYPE = frozenset("to type_as".split())
@@ -131,9 +134,9 @@ def entrywise(func, args, kwargs, tracks):
     tensors = list(_tensors((*args, *kwargs.values())))
     weights = [x for x in tensors if sharded.is_weight(x)]
     layout = weights[0].sharding
-    if any(p.is_partial() for p in layout.placements) or "out" in kwargs:
-        return NotImplemented
     name = operators.name_of(func)
+    if "out" in kwargs or (layout.is_partial and name not in OF_ADDENDS):
+        return NotImplemented
     if name == "where" and len(args) + len(kwargs) < 3:
         return NotImplemented
     if name in OF_A_DTYPE:
@@ -345,7 +348,11 @@ def write(weight, value):
     if torch.is_grad_enabled() and value.requires_grad:
         result = layout.carry(laid_out.sliced(value, layout))
         return _ask(torch.Tensor.copy_, (weight, result), {})
-    weight._local_tensor.detach().copy_(laid_out.cut(value, layout))
+    local = weight._local_tensor.detach()
+    local.copy_(laid_out.cut(value, layout))
+    for axis, placement in enumerate(layout.placements):
+        if placement.is_partial() and layout.mesh.get_local_rank(axis):
+            local.zero_()  # It counts once.
     return weight
 
 
@@ -457,7 +464,7 @@ def _old_norm(x, p="fro", dim=None, keepdim=False, dtype=None):
 
 
 def _is_of_all(x, dim, keepdim):
-    if keepdim or any(p.is_partial() for p in x.sharding.placements):
+    if keepdim or x.sharding.is_partial:
         return False
     if dim is None or dim == () or dim == []:
         return True
