@@ -125,10 +125,7 @@ def convert_to_numpy(x):
     if isinstance(x, DTensor):
         x = laid_out.gathered(x)
     elif isinstance(x, (list, tuple)):
-        x = [
-            laid_out.gathered(e) if isinstance(e, DTensor) else e
-            for e in x
-        ]
+        x = [laid_out.gathered(e) if isinstance(e, DTensor) else e for e in x]
     return released_convert_to_numpy(x)
 
 

@@ -165,7 +165,7 @@ def whole(x):
                 local = GatherOverData.apply(local, dim, size, layout.context)
             else:
                 local = collectives.AllGather.apply(local, dim, size, group)
-        return local
+        return local.contiguous()
 
 
 def gathered(x):
@@ -182,8 +182,10 @@ def gathered(x):
     for dim, axis, size in reversed(levels(x)):
         group = layout.mesh.get_group(axis)
         local = collectives.all_gather(local, dim, size, group)
-    # Nobody may write into what is stored by writing into a copy of it.
-    return local.clone() if same_memory(local, stored) else local
+    if same_memory(local, stored):
+        # Nobody may write into what is stored by writing into a copy of it.
+        return local.clone()
+    return local.contiguous()
 
 
 def same_memory(a, b):

@@ -88,6 +88,12 @@ def run(func, args, kwargs, dispatched=False):
         return gradients(*args, **kwargs)
     elif name == "backward":
         return func(laid_out.whole(args[0]), *args[1:], **kwargs)
+    elif getattr(func, "__module__", "") == "torch.nn.init":
+        # They name their target, and write without autograd.
+        named = {key: x for key, x in kwargs.items() if key != "tensor"}
+        with torch.no_grad():
+            target = args or (kwargs["tensor"],)
+            return on_whole_values(func, target, named)
     elif dispatched and name == "is_same_size":
         return args[0].shape == args[1].shape
     args, kwargs = plain((args, kwargs))
@@ -192,7 +198,9 @@ def _of_kind(func, args, kwargs, tracks):
     """`x.to(other)`, of which only what kind of tensor it is matters."""
     x, *rest = args
     rest, named = _map(
-        lambda x: (x._local_tensor if sharded.is_weight(x) else x).new_empty(()),
+        lambda x: (x._local_tensor if sharded.is_weight(x) else x).new_empty(
+            ()
+        ),
         (rest, kwargs),
     )
     if not sharded.is_weight(x):
@@ -234,7 +242,9 @@ def of_lists(func, name, args, kwargs, tracks):
     lists = [x for x in (*args, *kwargs.values()) if _is_list_of_tensors(x)]
     layouts, targets = [], []
     for together in zip(*(x for x in lists if len(x) == len(lists[0]))):
-        layout = next((x.sharding for x in together if sharded.is_weight(x)), None)
+        layout = next(
+            (x.sharding for x in together if sharded.is_weight(x)), None
+        )
         if layout is not None and not all(
             _meets(x, layout, tracks) for x in together
         ):
@@ -247,7 +257,9 @@ def of_lists(func, name, args, kwargs, tracks):
         if not _is_list_of_tensors(xs):
             return laid_out.whole(xs) if sharded.is_weight(xs) else xs
         if len(xs) != len(layouts):
-            return [laid_out.whole(x) if sharded.is_weight(x) else x for x in xs]
+            return [
+                laid_out.whole(x) if sharded.is_weight(x) else x for x in xs
+            ]
         result = []
         for x, layout in zip(xs, layouts):
             if layout is not None:
@@ -285,9 +297,9 @@ def _is_list_of_tensors(x):
 
 def like_a_weight(func, name, args, kwargs):
     """Functions that ask a weight for its shape or kind of number alone."""
-    if any(map(sharded.is_weight, _tensors((*args[1:], *kwargs.values())))) and (
-        name in NEW or sharded.is_weight(args[0])
-    ):
+    if any(
+        map(sharded.is_weight, _tensors((*args[1:], *kwargs.values())))
+    ) and (name in NEW or sharded.is_weight(args[0])):
         return NotImplemented
     if name in NEW:
         local = args[0]._local_tensor if sharded.is_weight(args[0]) else args[0]

@@ -116,9 +116,13 @@ class ShardedTensor(DTensor):
         shares memory with that value."""
         if type(result) in (tuple, list):
             return type(result)(self.views(x, whole) for x in result)
-        if type(result) is torch.Tensor and laid_out.same_memory(result, whole):
-            return View.of(self, result, whole)
-        return result
+        if (
+            type(result) is not torch.Tensor
+            or laid_out.is_transformed()
+            or not laid_out.same_memory(result, whole)
+        ):
+            return result
+        return View.of(self, result, whole)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -218,4 +222,6 @@ class View(torch.Tensor):
                 weight_functions.write(target.weight, target.gathered)
             target.version = target.weight._local_tensor._version
             return target
-        return target.weight.views(result, target.gathered) if is_view else result
+        return (
+            target.weight.views(result, target.gathered) if is_view else result
+        )
