@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import files
-from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import laid_out
+from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution.context import current
 from keras.src.distribution import distribution_lib
 

@@ -12,10 +12,10 @@ import typing
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 # torch 2.13: no public name, and what communicates cannot be traced.
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import cuts

@@ -13,6 +13,8 @@ from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import weight_functions
 
+DETACH = torch.ops.aten.detach.default
+
 as_torch_has_it = torch._C.DisableTorchFunctionSubclass
 
 
@@ -134,6 +136,12 @@ class ShardedTensor(DTensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         # What asks for no `__torch_function__`: autograd, and what torch
         # implements in C.
+        if func is DETACH:
+            # Each gradient that arrives is.
+            (x,) = args
+            result = cls(x._local_tensor.detach(), x._spec, requires_grad=False)
+            result.context = x.context
+            return result
         return weight_functions.run(func, args, kwargs or {}, dispatched=True)
 
     def __repr__(self):
