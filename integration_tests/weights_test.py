@@ -226,6 +226,48 @@ def test_penalty_in_a_train_step(name, world_size):
     check(program, world_size, lambda: make_model(cls=Penalized))
 
 
+class OfRows(keras.Sequential):
+    """Numbers of rows meet weights by hand."""
+
+    def train_step(self, data):
+        x, y = data
+        self.zero_grad()
+        kernel = self.layers[0].kernel
+        mean = ops.mean(x, axis=0)
+        loss = ops.mean(ops.square(self(x, training=True) - y))
+        loss = loss + ops.sum(kernel * ops.expand_dims(mean, 1))
+        loss = loss + ops.sum(ops.square(kernel)) * ops.mean(mean)
+        loss = loss + ops.mean((x @ Square.apply(kernel.value)) ** 2)
+        loss = loss + SumOfSquares.apply(kernel.value) * ops.mean(y)
+        loss.backward()
+        variables = self.trainable_variables
+        self.optimizer.apply([v.value.grad for v in variables], variables)
+        return {}
+
+
+class SumOfSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return (x * x).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+def test_numbers_of_our_rows_in_a_train_step(world_size):
+    """A mean over rows, whichever of them a data shard has."""
+
+    def program(model):
+        x, y = (np.concatenate([a, a[:1]]) for a in data())
+        model.fit(x, y, batch_size=8, epochs=2, verbose=0)
+        return gradients(model)
+
+    check(program, world_size, lambda: make_model(cls=OfRows))
+
+
 @pytest.mark.parametrize("name", PENALTIES)
 def test_penalty_in_a_loop(name, world_size):
     def program(model):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import operators
+from keras.src.backend.torch.distribution import weight_entries
 from keras.src.backend.torch.distribution import weight_functions
 
 DETACH = torch.ops.aten.detach.default
@@ -227,7 +228,7 @@ class View(torch.Tensor):
         result = func(*args, **kwargs)
         if writes:
             with torch.no_grad():
-                weight_functions.write(target.weight, target.gathered)
+                weight_entries.write(target.weight, target.gathered)
             target.version = target.weight._local_tensor._version
             return target
         return (
