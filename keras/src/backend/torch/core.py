@@ -5,13 +5,14 @@ import functools
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src import tree
 from keras.src.backend.torch import core as upstream
 from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import cuts
+from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import penalties
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
@@ -19,10 +20,11 @@ from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.gradients import keep_plain
 
-__all__ = ["Variable", "convert_to_numpy", "remat"]
+__all__ = ["Variable", "convert_to_numpy", "remat", "vectorized_map"]
 
 released_convert_to_numpy = upstream.convert_to_numpy
 released_remat = upstream.remat
+released_vectorized_map = upstream.vectorized_map
 released_variable = upstream.Variable
 
 
@@ -75,6 +77,10 @@ class Variable(upstream.Variable):
             and cuts.is_cut(value.placements[context.data_axis])
         ):
             self._gradient_number = context.reducer.register(value, self.path)
+        elif sharded.is_weight(value):
+            value.register_hook(
+                functools.partial(laid_out.lay_out, layout=value.sharding)
+            )
 
     def _initialize_with_initializer(self, initializer):
         with modes.drawing_initial_values():
@@ -115,16 +121,6 @@ class Variable(upstream.Variable):
             if not getattr(self, "_is_hooked", False):
                 self._hook()
 
-    @property
-    def regularizer(self):
-        if self._regularizer is None or not isinstance(self._value, DTensor):
-            return self._regularizer
-        return functools.partial(penalties.penalty, self._regularizer)
-
-    @regularizer.setter
-    def regularizer(self, value):
-        released_variable.regularizer.fset(self, value)
-
     def __repr__(self):
         # Printing must not communicate: often only one process prints.
         if not isinstance(self._value, DTensor):
@@ -132,7 +128,7 @@ class Variable(upstream.Variable):
         return (
             f"<Variable path={self.path}, shape={self.shape}, "
             f"dtype={self.dtype}, placements={self._value.placements}, "
-            f"local shape={tuple(self._value.to_local().shape)}>"
+            f"local shape={tuple(sharded.local_of(self._value).shape)}>"
         )
 
 
@@ -146,13 +142,19 @@ def convert_to_numpy(x):
     Collective if `x` holds DTensors: every process of their mesh calls it.
     """
     if isinstance(x, DTensor):
-        x = storage.whole(x.detach())
+        x = laid_out.gathered(x)
     elif isinstance(x, (list, tuple)):
-        x = [
-            storage.whole(e.detach()) if isinstance(e, DTensor) else e
-            for e in x
-        ]
+        x = [laid_out.gathered(e) if isinstance(e, DTensor) else e for e in x]
     return released_convert_to_numpy(x)
+
+
+def vectorized_map(function, elements):
+    """As Keras's; `function` sees whole weights, and parts of whole elements.
+
+    Collective along the axes that cut them.
+    """
+    elements = tree.map_structure(sharded.whole, elements)
+    return released_vectorized_map(function, elements)
 
 
 def remat(f):

@@ -24,6 +24,7 @@ from torch.distributed.tensor import Partial
 from torch.distributed.tensor import Replicate
 
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import weights
 
 
 @contextlib.contextmanager
@@ -120,6 +121,7 @@ def _close(accumulator, context):
         partial = sharded.wrap(
             _local(settled), context.mesh, placements, tuple(settled.shape)
         )
+        partial = weights.stored(partial, context)
         # Kept, to be exchanged in each step.
         accumulator._forms = (
             settled,

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import buckets
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 
@@ -122,7 +123,7 @@ class Pass:
             return grad
         if self.differentiable:
             with torch.enable_grad():
-                return sharded.Leave.apply(grad)
+                return laid_out.Local.apply(grad)
         return sharded.local_of(grad)
 
     def _owed(self, number):
@@ -211,13 +212,7 @@ class Pass:
         """A local gradient, laid out as its parameter."""
         if not isinstance(parameter, DTensor):
             return local
-        make = sharded.Enter.apply if self.differentiable else sharded.wrap
-        return make(
-            local,
-            parameter.device_mesh,
-            parameter.placements,
-            tuple(parameter.shape),
-        )
+        return laid_out.layout_of(parameter).carry(local)
 
 
 def _laid_out(grad, parameter):
@@ -225,9 +220,9 @@ def _laid_out(grad, parameter):
 
     Collective along model axes where it was not, and partial.
     """
-    if isinstance(grad, DTensor) and grad.placements != parameter.placements:
-        return grad.redistribute(placements=parameter.placements)
-    return grad
+    if not isinstance(parameter, DTensor):
+        return grad
+    return laid_out.lay_out(grad, laid_out.layout_of(parameter))
 
 
 def _no_copy():

@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import files
+from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution.context import current
 from keras.src.distribution import distribution_lib
 
@@ -53,7 +53,7 @@ def _whole_weights(model, keeps):
     for variable in model.variables:
         stored = variable._value
         if isinstance(stored, DTensor):
-            value = storage.whole(stored)
+            value = laid_out.gathered(stored)
             if keeps:
                 value = torch.nn.Parameter(value, stored.requires_grad)
                 whole.append((variable, stored, value))

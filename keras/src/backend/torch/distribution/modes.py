@@ -21,6 +21,7 @@ class _Modes(threading.local):
     whole = False  # the innermost of them runs on whole weights
     gathered = None  # dict of whole weights, inside a layer that repeats itself
     local = False  # inside an elementwise update on local shards
+    updates = False  # an optimizer's: what weights meet is equal everywhere
     stored = False  # reading what is stored, even inside a layer's call
     sharded_outputs = False  # what leaves the outermost layer may be sharded
     drawing = False  # drawing initial values, equal on all processes
@@ -88,6 +89,11 @@ def sharded_outputs():
 def local_shards():
     """Within it, `variable.value` is the local shard (under `no_grad`)."""
     return _set(local=True)
+
+
+def updating():
+    """Within it, plain tensors that weights meet are equal on all processes."""
+    return _set(updates=True)
 
 
 def stored_values():

@@ -86,6 +86,7 @@ SHARDED = frozenset(
 OF_VIEWS = frozenset(
     "__matmul__ einsum flatten linear matmul reshape unflatten view".split()
 )
+NOT_IN_PLACE = ("__index__", "__int__", "__invert__", "__iter__")
 
 # What DTensor raises where a rule is missing or does not fit. Not more: a
 # checkpoint ends its recomputation by an exception of its own.
@@ -135,6 +136,9 @@ class OnShards(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if not shards or name in QUESTIONS:
             return func(*args, **kwargs)
+        if any(map(sharded.is_weight, shards)):
+            # The value of a variable was read outside of layers.
+            return func(*args, **kwargs)
         model_mesh, mesh = self.meshes
         meshes = {x.device_mesh for x in shards}
         if not meshes <= {model_mesh, mesh}:
@@ -143,7 +147,7 @@ class OnShards(TorchFunctionMode):
         if name in ELEMENTWISE and _is_of_one_tensor(args, kwargs):
             return on_local_shard(func, *args, **kwargs)
         if mesh in meshes:
-            why = "the value of a variable was read outside of layers"
+            why = "it is laid out over the data axis too"
             return on_whole_values(func, args, kwargs, why)
         if name in SHARDED and _can_be_sharded(func, args, shards):
             try:
@@ -190,10 +194,10 @@ def on_whole_values(func, args, kwargs, why):
 
     Collective along the model axes of each shard that it is handed.
     """
-    _log(func, why)
+    log(func, why)
     target = args[0] if args else None
     args, kwargs = _map(sharded.whole, (args, kwargs))
-    if not isinstance(target, DTensor) or not _is_in_place(func):
+    if not isinstance(target, DTensor) or not is_in_place(func):
         return func(*args, **kwargs)
     func(*args, **kwargs)
     mesh, shape = target.device_mesh, tuple(target.shape)
@@ -203,11 +207,17 @@ def on_whole_values(func, args, kwargs, why):
     return target.copy_(y)
 
 
-def _is_in_place(func):
-    name = func.__name__
+def name_of(func):
+    """The name of a torch function, without that of an overload."""
+    return getattr(func, "__name__", "").partition(".")[0]
+
+
+def is_in_place(func):
+    """Whether a torch function writes into its first argument."""
+    name = name_of(func)
     if name.startswith("__"):
         return name == "__setitem__" or (
-            name.startswith("__i") and name not in ("__int__", "__invert__")
+            name.startswith("__i") and name not in NOT_IN_PLACE
         )
     return name.endswith("_")
 
@@ -232,7 +242,7 @@ def _is_of_one_tensor(args, kwargs):
 
 
 def _can_be_sharded(func, args, shards):
-    if _is_in_place(func) and not isinstance(args[0], DTensor):
+    if is_in_place(func) and not isinstance(args[0], DTensor):
         return False
     if func.__name__ in OF_VIEWS and any(
         cuts.has_several_on_a_dim(x.placements) for x in shards
@@ -257,11 +267,11 @@ def _map(function, structure):
 _logged = set()
 
 
-def _log(func, why):
+def log(func, why):
     if not logger.isEnabledFor(logging.DEBUG):
         return
     layer = modes.layer
-    key = (func.__name__, getattr(layer, "path", None))
+    key = (name_of(func), getattr(layer, "path", None))
     if key not in _logged:
         _logged.add(key)
         logger.debug(

@@ -33,7 +33,7 @@ def _spec(mesh, mesh_id, placements, shape, dtype):
     return DTensorSpec(mesh, placements, tensor_meta=meta)
 
 
-def wrap(local, mesh, placements, shape):
+def wrap(local, mesh, placements, shape, kind=DTensor):
     """A DTensor around a local shard. Does not communicate, nor check.
 
     Args:
@@ -41,16 +41,23 @@ def wrap(local, mesh, placements, shape):
         mesh: torch mesh.
         placements: tuple, one placement for each axis of `mesh`.
         shape: tuple, the global shape.
+        kind: the class of the result.
     """
     spec = _spec(mesh, id(mesh), tuple(placements), tuple(shape), local.dtype)
     local = local.contiguous()  # As the strides of the specification say.
-    return DTensor(local, spec, requires_grad=local.requires_grad)
+    return kind(local, spec, requires_grad=local.requires_grad)
 
 
 def local_of(x):
     """The local shard of a DTensor, without autograd; shares its memory."""
     with torch.no_grad():
         return x.to_local()
+
+
+def is_weight(x):
+    """Whether a tensor is a weight as it is stored (`weights.ShardedTensor`),
+    which has a way of its own with torch's functions."""
+    return isinstance(x, DTensor) and hasattr(type(x), "sharding")
 
 
 def is_whole(x):
@@ -64,11 +71,7 @@ def summed(x):
     Collective along the axes where `x` is partial.
     """
     if any(p.is_partial() for p in x.placements):
-        x = x.redistribute(
-            placements=[
-                Replicate() if p.is_partial() else p for p in x.placements
-            ]
-        )
+        x = Sum.apply(x)
     return x
 
 
@@ -77,6 +80,7 @@ def reduced(x):
 
     Collective along the axes where `x` is partial or strided.
     """
+    x = summed(x)
     for axis, placement in enumerate(x.placements):
         # Of a dim that a reshape has merged, DTensor makes a strided shard.
         # Nobody but DTensor can read it: it is none for `is_shard`.
@@ -85,6 +89,33 @@ def reduced(x):
             placements[axis] = Replicate()
             x = x.redistribute(placements=placements)
     return x
+
+
+class Sum(torch.autograd.Function):
+    """Partial sums, or means, become whole.
+
+    Backward: the gradient of each addend is that of the whole, whatever the
+    addends are of. (torch's own makes a partial gradient an addend of the
+    same kind, and fails where a sum would have to become a mean.)
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.placements = [
+            Replicate() if p.is_partial() else p for p in x.placements
+        ]
+        ctx.mesh = x.device_mesh
+        return x.redistribute(placements=ctx.placements)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not isinstance(grad, DTensor):
+            enter = Enter.apply if torch.is_grad_enabled() else wrap
+            replicate = (Replicate(),) * ctx.mesh.ndim
+            grad = enter(grad, ctx.mesh, replicate, tuple(grad.shape))
+        if list(grad.placements) != ctx.placements:
+            grad = grad.redistribute(placements=ctx.placements)
+        return grad
 
 
 def has_unlike_shards(x):
@@ -164,6 +195,8 @@ def whole(x):
     """
     if not isinstance(x, DTensor):
         return x
+    if is_weight(x):
+        return x.whole()
     x = reduced(x)
     if not is_whole(x):
         x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)

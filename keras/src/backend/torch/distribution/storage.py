@@ -13,8 +13,9 @@ from torch.distributed.tensor import Replicate
 
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import cuts
-from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import weights
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.context import logger
 from keras.src.backend.torch.distribution.modes import modes
@@ -59,7 +60,8 @@ def parameter(value, context, placements, trainable):
     value = value.detach()
     asks = trainable and (value.is_floating_point() or value.is_complex())
     return torch.nn.Parameter(
-        shard(value, context.mesh, placements), requires_grad=asks
+        weights.stored(shard(value, context.mesh, placements), context),
+        requires_grad=asks,
     )
 
 
@@ -75,43 +77,13 @@ def assign(stored, value):
             )
         elif value.device_mesh != stored.device_mesh:
             value = shard(
-                whole(value).to(stored.dtype),
+                laid_out.gathered(value).to(stored.dtype),
                 stored.device_mesh,
                 stored.placements,
             )
         elif tuple(value.placements) != tuple(stored.placements):
             value = value.redistribute(placements=stored.placements)
         sharded.local_of(stored).copy_(sharded.local_of(value))
-
-
-def whole(value):
-    """The whole of a DTensor, plain, without autograd.
-
-    Collective: every process of the DTensor's mesh calls it.
-    """
-    value = sharded.summed(value)
-    mesh = value.device_mesh
-    local = sharded.local_of(value)
-    for dim, axis, size in reversed(levels(value)):
-        local = collectives.all_gather(local, dim, size, mesh.get_group(axis))
-    return local
-
-
-def levels(value):
-    """How our shard was cut: triples of a dim, a mesh axis, and the size
-    that the dim had here before the axis cut it."""
-    mesh = value.device_mesh
-    sizes = list(value.shape)
-    result = []
-    for dim, axis in cuts.of_placements(
-        tuple(value.placements), tuple(mesh.shape)
-    ):
-        result.append((dim, axis, sizes[dim]))
-        start, stop = collectives.shard_range(
-            sizes[dim], mesh.size(axis), mesh.get_local_rank(axis)
-        )
-        sizes[dim] = stop - start
-    return result
 
 
 def local_gradients(grads, variables):
@@ -172,6 +144,8 @@ def present(value, variable):
 
 
 def _operand_of_a_layer(value, context):
+    if laid_out.is_transformed():
+        return laid_out.whole(value)
     local, placements = operand(value, context)
     if not any(p.is_shard() for p in placements):
         return _enter(local) if modes.on_dtensors else local
@@ -198,7 +172,7 @@ def _gather_model_axes(local, placements, shape, context):
         local.detach(), context.model_mesh, placements, tuple(shape)
     )
     # The axis that cuts a dim finest is undone first.
-    for dim, axis, size in reversed(levels(value)):
+    for dim, axis, size in reversed(laid_out.levels(value)):
         group = context.model_mesh.get_group(axis)
         local = collectives.AllGather.apply(local, dim, size, group)
     return local
@@ -239,9 +213,9 @@ def _operand_of_several_cuts(value, context):
     """
     placements = list(context.model_placements(value.placements))
     axes_of = {}
-    for dim, axis, size in levels(value):
+    for dim, axis, size in laid_out.levels(value):
         axes_of.setdefault(dim, []).append((axis, size))
-    local = Stored.apply(value)
+    local = laid_out.Local.apply(value)
     for dim, axes in axes_of.items():
         model = [axis for axis, _ in axes if axis != context.data_axis]
         again = model == sorted(model)
@@ -252,7 +226,7 @@ def _operand_of_several_cuts(value, context):
         for axis, size in reversed(axes[first:]):
             group = context.mesh.get_group(axis)
             if axis == context.data_axis:
-                local = GatherOverData.apply(local, dim, size, context)
+                local = laid_out.GatherOverData.apply(local, dim, size, context)
             else:
                 local = collectives.AllGather.apply(local, dim, size, group)
         for axis, _ in axes[first:]:
@@ -299,8 +273,7 @@ class Unshard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, value, context):
-        ctx.mesh, ctx.placements = value.device_mesh, tuple(value.placements)
-        ctx.shape, ctx.context = tuple(value.shape), context
+        ctx.layout, ctx.context = laid_out.layout_of(value), context
         local = _gathered(value, context)
         return local.view_as(local)
 
@@ -308,79 +281,10 @@ class Unshard(torch.autograd.Function):
     def backward(ctx, grad):
         context = ctx.context
         grad = collectives.whole_gradient(grad)
-        placement = ctx.placements[context.data_axis]
+        placement = ctx.layout.placements[context.data_axis]
         if placement.is_shard() and context.data_size > 1:
-            grad = _scattered(grad, placement.dim, context)
-        enter = sharded.Enter.apply if torch.is_grad_enabled() else sharded.wrap
-        return (
-            enter(grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape),
-            None,
-        )
-
-
-class Stored(torch.autograd.Function):
-    """Stored DTensor -> our shard of it."""
-
-    @staticmethod
-    def forward(ctx, value):
-        ctx.mesh, ctx.placements = value.device_mesh, tuple(value.placements)
-        ctx.shape = tuple(value.shape)
-        local = sharded.local_of(value)
-        return local.view_as(local)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = collectives.whole_gradient(grad).contiguous()
-        enter = sharded.Enter.apply if torch.is_grad_enabled() else sharded.wrap
-        return enter(grad, ctx.mesh, ctx.placements, ctx.shape)
-
-
-class GatherOverData(torch.autograd.Function):
-    """Shards of the data axis -> what they were cut of. Backward: the
-    weighted mean of the data shards' gradients, scattered."""
-
-    @staticmethod
-    def forward(ctx, local, dim, size, context):
-        ctx.dim, ctx.context = dim, context
-        if context.data_size == 1:
-            return local.view_as(local)
-        return collectives.all_gather(local, dim, size, context.data_group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        context = ctx.context
-        grad = collectives.whole_gradient(grad)
-        if context.data_size > 1:
-            grad = _scattered(grad, ctx.dim, context)
-        return grad, None, None, None
-
-
-def _scattered(grad, dim, context):
-    """Our shard of the weighted mean of the data shards' gradients."""
-    # A variable of a mixed policy is wider than what layers see of it: half
-    # precision is not added up in half precision.
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    weight, group = rows.weight(context), context.data_group
-    if torch.is_grad_enabled():
-        return ScatterMean.apply(grad.to(dtype), dim, context).to(grad.dtype)
-    weighted = collectives.weighted(grad.to(dtype), weight)
-    return collectives.reduce_scatter(weighted, dim, group).to(grad.dtype)
-
-
-class ScatterMean(torch.autograd.Function):
-    """As `_scattered`, for `create_graph=True`. Backward is the gather: what
-    it gives on shard i is going to be weighted with weight_i."""
-
-    @staticmethod
-    def forward(ctx, grad, dim, context):
-        ctx.dim, ctx.context, ctx.size = dim, context, grad.shape[dim]
-        return _scattered(grad, dim, context).clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = collectives.whole_gradient(grad)
-        grad = GatherOverData.apply(grad, ctx.dim, ctx.size, ctx.context)
-        return grad, None, None
+            grad = laid_out.scattered(grad, placement.dim, context)
+        return ctx.layout.carry(grad.contiguous()), None
 
 
 def log(path, value):

@@ -51,7 +51,7 @@ class TorchOptimizer(upstream.TorchOptimizer):
             return
         # Gradients, slots and weights are equal on all data shards, so they
         # may meet sharded ones on any mesh, also on one without model axes.
-        with sharded.implicit_replication():
+        with sharded.implicit_replication(), modes.updating():
             super().apply(grads, trainable_variables)
 
     @torch_utils.no_grad

@@ -31,9 +31,9 @@ from keras.src.backend.torch.distribution.global_rows.table import with_tensors
     less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and
     logical_not logical_or logical_xor logit log_sigmoid lt
     masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative
-    nextafter not_equal positive pow rad2deg real reciprocal relu relu6 remainder
-    round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh softplus
-    softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold
+    nextafter not_equal positive pow rad2deg real reciprocal relu relu6
+    remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh
+    softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold
     true_divide trunc xlogy _threshold
 
     __and__ __eq__ __floordiv__ __iand__ __ilshift__ __invert__ __ior__
