@@ -271,3 +271,20 @@ class MeanOfLosses(torch.autograd.Function):
     def backward(ctx, grad):
         grad = whole_gradient(grad)
         return SumOverData.apply(grad, ctx.weight, ctx.group), None, None
+
+
+class ReduceNow(torch.autograd.Function):
+    """Weighted mean over data shards of a gradient: sum of weight_j * g_j.
+    Backward is forward: see `buckets.Reduce`."""
+
+    @staticmethod
+    def forward(ctx, grad, weight, group):
+        ctx.weight, ctx.group = weight, group
+        grad = weighted(grad, weight).contiguous()
+        dist.all_reduce(grad, group=group)
+        return grad
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = whole_gradient(grad)
+        return ReduceNow.apply(grad, ctx.weight, ctx.group), None, None

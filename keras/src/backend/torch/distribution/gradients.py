@@ -40,6 +40,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import buckets
+from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.backward import Pass
 
@@ -70,6 +72,9 @@ class Reducer:
         self._parameters = weakref.WeakValueDictionary()
         # What a gradient of each is like, known after it has been freed too.
         self._likes = []
+        self._hooks = []  # How many of each are none of the program's own.
+        # Whether somebody's code runs in a step, the same on all processes.
+        self.is_in_step = False
         self._names = []
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
@@ -105,6 +110,7 @@ class Reducer:
         parameter.register_hook(
             untraced(lambda grad: self._before(number, reference(), grad))
         )
+        self._hooks.append(len(parameter._backward_hooks))
         parameter.register_post_accumulate_grad_hook(
             untraced(lambda parameter: self._after(number, parameter))
         )
@@ -142,7 +148,29 @@ class Reducer:
             torch.autograd.Variable._execution_engine.queue_callback(
                 functools.partial(self._finish, current)
             )
+        if (
+            self.is_in_step
+            and parameter is not None
+            and len(parameter._backward_hooks) > self._hooks[number]
+        ):
+            # Those of the program's own come next, and see the gradient of the
+            # whole batch. Their mean over data shards is what they give.
+            grad = self._reduced_now(grad)
+            arrived = current.arrive(number, parameter, grad)
+            return grad if arrived is None else arrived
         return current.arrive(number, parameter, grad)
+
+    def _reduced_now(self, grad):
+        """Collective along the data axis: every process of it has the hook."""
+        weight = rows.weight(self.context)
+        if not isinstance(grad, DTensor):
+            return collectives.ReduceNow.apply(grad, weight, self.group)
+        local = collectives.ReduceNow.apply(
+            sharded.Leave.apply(grad), weight, self.group
+        )
+        return sharded.Enter.apply(
+            local, grad.device_mesh, grad.placements, tuple(grad.shape)
+        )
 
     def _after(self, number, parameter):
         current = self._pass()

@@ -88,9 +88,13 @@ def _gathered_objects(x, rows):
 @contextlib.contextmanager
 def step(context):
     """Within it, code sees the global batch. Gives the `Step`."""
-    current = Step(context)
-    with on_global_batch(current), entry_points.on_whole_tensors():
-        yield current
+    current, reducer = Step(context), context.reducer
+    outer, reducer.is_in_step = reducer.is_in_step, True
+    try:
+        with on_global_batch(current), entry_points.on_whole_tensors():
+            yield current
+    finally:
+        reducer.is_in_step = outer
 
 
 def is_seen():

@@ -29,17 +29,17 @@ from keras.src.backend.torch.distribution.global_rows.table import with_tensors
     greater_equal gt hardshrink hardsigmoid hardswish hardtanh heaviside hypot
     i0 isclose isfinite isinf isnan isneginf isposinf isreal le leaky_relu lerp
     less less_equal lgamma log log10 log1p log2 logaddexp logaddexp2 logical_and
-    logical_not logical_or logical_xor logit log_sigmoid lt
-    masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative
-    nextafter not_equal positive pow rad2deg real reciprocal relu relu6
-    remainder round rsqrt rsub selu sgn sigmoid sign signbit silu sin sinc sinh
-    softplus softshrink softsign sqrt square sub subtract tan tanh tanhshrink threshold
-    true_divide trunc xlogy _threshold
+    logical_not logical_or logical_xor logit log_sigmoid lt masked_fill maximum
+    minimum mish mul multiply nan_to_num ne neg negative nextafter not_equal
+    positive pow rad2deg real reciprocal relu relu6 remainder round rsqrt rsub
+    selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
+    softsign sqrt square sub subtract tan tanh tanhshrink threshold true_divide
+    trunc xlogy _threshold
 
     __and__ __eq__ __floordiv__ __iand__ __ilshift__ __invert__ __ior__
-    __irshift__ __ixor__ __lshift__ __or__ __rand__ __rdiv__ __rfloordiv__
-    __rlshift__ __rmod__ __ror__ __rpow__ __rrshift__ __rshift__ __rsub__
-    __rxor__ __xor__
+    __irshift__ __ixor__ __lshift__ __or__ __rdiv__ __rfloordiv__
+    __rlshift__ __rmod__ __rpow__ __rrshift__ __rshift__ __rsub__
+    __xor__
 
     abs_ add_ addcdiv_ addcmul_ ceil_ clamp_ clamp_max_ clamp_min_ clip_ copy_
     cos_ div_ divide_ eq_ exp_ fill_ floor_ floor_divide_ ge_ gt_ le_ lerp_ log_

@@ -13,9 +13,11 @@ import torch
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
+from keras.src.backend.torch.distribution.global_rows.carrier import Sum
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
 from keras.src.backend.torch.distribution.global_rows.carrier import of_loss
 from keras.src.backend.torch.distribution.global_rows.carrier import whole
+from keras.src.backend.torch.distribution.modes import modes
 
 # They make a function of a function.
 TRANSFORMS = ("vmap", "grad", "grad_and_value", "jacrev", "jacfwd", "hessian")
@@ -67,17 +69,45 @@ def _transform(transform):
     return transformed
 
 
+# Modules whose custom gradients know about data shards, or ask for no tensor.
+OURS = ("keras.src.backend.torch.distribution.", "torch.")
+
+
 def _apply():
     released = vars(torch.autograd.Function)["apply"].__func__
 
     def apply(cls, *args, **kwargs):
-        for x in args:
-            if type(x) is GlobalTensor:
-                args = map_tensors(whole, args)
-                break
-        return released(cls, *args, **kwargs)
+        if modes.known or cls.__module__.startswith(OURS):
+            return released(cls, *args, **kwargs)
+        outputs = released(cls, *map_tensors(whole, args), **kwargs)
+        return map_tensors(_with_gradient_of_all, outputs)
 
     return classmethod(apply)
+
+
+def _with_gradient_of_all(x):
+    """What a custom gradient gave: its backward sees what one device's does."""
+    if not x.requires_grad or type(x) is GlobalTensor or modes.step is None:
+        return x
+    return GradientOfAll.apply(x, modes.step.context)
+
+
+class GradientOfAll(torch.autograd.Function):
+    """The identity; backward: the mean of the data shards' gradients, which is
+    that of their mean loss.
+
+    Collective along the data axis in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, context):
+        ctx.context = context
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = Sum.apply(grad, ctx.context.data_group)
+        return grad / ctx.context.data_size, None
 
 
 def _backward(released):

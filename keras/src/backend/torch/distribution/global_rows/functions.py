@@ -126,19 +126,24 @@ def similarity(func, args, kwargs):
 @rule("cross linalg_cross")
 def cross(func, args, kwargs):
     bound = bind("input other dim", args, kwargs)
-    if bound is None or type(bound.get("dim")) is not int:
+    if bound is None:
         return NotImplemented
-    operands = bound["input"], bound.get("other")
+    operands, dim = [bound["input"], bound.get("other")], bound.get("dim", -1)
     if not all(isinstance(x, torch.Tensor) for x in operands):
         return NotImplemented
-    ndim = operands[0].ndim
-    if not any(map(is_rows, operands)) or operands[1].ndim != ndim:
+    shape = operands[0].shape
+    if not any(map(is_rows, operands)) or operands[1].shape != shape:
         return NotImplemented
-    aligned = align(operands, ndim)
-    if aligned is None or bound["dim"] % ndim == aligned[1]:
+    if func is not torch.linalg.cross and bound.get("dim") is None:
+        # The first dim of three; our rows may be three by chance.
+        dim = next((d for d, size in enumerate(shape) if size == 3), None)
+    if type(dim) is not int or not -len(shape) <= dim < len(shape):
+        return NotImplemented
+    aligned = align(operands, len(shape))
+    if aligned is None or dim % len(shape) == aligned[1]:
         return NotImplemented
     rows, at, local = aligned
-    return GlobalTensor(func(*local, dim=bound["dim"]), at, rows)
+    return GlobalTensor(func(*local, dim=dim), at, rows)
 
 
 @rule("scaled_dot_product_attention")

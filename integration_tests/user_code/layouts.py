@@ -1,0 +1,37 @@
+"""The distributions that programs of user code run under."""
+
+import keras
+from integration_tests import parity
+
+TENSOR_PARALLEL = {
+    ".*up/kernel": (None, "model"),
+    ".*up/bias": ("model",),
+    ".*out/kernel": ("model", None),
+    ".*inner/kernel": (None, "model"),
+    ".*(scale|state)": ("model",),
+}
+FULLY_SHARDED = {
+    ".*(up|out|inner)/kernel": ("batch", None),
+    ".*(bias|scale|state)": ("batch",),
+}
+BOTH = {
+    ".*up/kernel": ("batch", "model"),
+    ".*up/bias": ("model",),
+    ".*out/kernel": ("model", "batch"),
+    ".*out/bias": ("batch",),
+    ".*inner/kernel": ("model", "batch"),
+    ".*(scale|state)": ("model",),
+}
+# By the number of processes.
+DISTRIBUTIONS = {
+    2: {
+        "data parallel": keras.distribution.DataParallel,
+        "tensor parallel": lambda: parity.model_parallel(
+            (1, 2), TENSOR_PARALLEL
+        ),
+        "fully sharded": lambda: parity.model_parallel(
+            (2,), FULLY_SHARDED, ("batch",)
+        ),
+    },
+    4: {"both": lambda: parity.model_parallel((2, 2), BOTH)},
+}
