@@ -126,6 +126,7 @@ READS = {
     "of rows": lambda w: array(ops.sum(w**2, axis=-1)),
     "an entry": lambda w: w.value[1, 2].item(),
     "a row": lambda w: w.value[-1].tolist(),
+    "printed entry": lambda w: float(f"{w.value[1, 2]:.5f}"),
     "list": lambda w: w.value.tolist(),
     "numpy": lambda w: w.value.detach().numpy(),
     "asarray": lambda w: np.asarray(w),
@@ -645,6 +646,22 @@ def test_layer(layer, world_size):
         parity.assert_equal_on_all(layouts, actual, expected)
 
 
+def of_weights(w):
+    """Transforms with respect to a weight itself."""
+
+    def cubes(w):
+        return (w**3).sum()
+
+    with torch.no_grad():
+        detached = w.detach()
+    return [
+        array(torch.func.grad(cubes)(w)),
+        array(torch.func.hessian(cubes)(detached)),
+        array(torch.func.jvp(cubes, (detached,), (detached,))[1]),
+        array(torch.autograd.functional.jacobian(cubes, w)),
+    ]
+
+
 def test_functional_transforms(world_size):
     def program(model):
         first = model.get_layer("first")
@@ -658,6 +675,7 @@ def test_functional_transforms(world_size):
             array(torch.func.grad(loss)(scale, x)),
             array(torch.vmap(torch.func.grad(loss), (None, 0))(scale, x)),
             array(torch.func.jacrev(loss, 1)(scale, x)),
+            *of_weights(first.kernel.value),
         ]
 
     check(program, world_size)
@@ -725,6 +743,26 @@ def test_sizes(world_size):
         return model.count_params(), sizes, count, len(lines)
 
     check(program, world_size)
+
+
+def test_distributed_tensor(world_size):
+    """What a script distributes shows its whole shape too."""
+    x = np.random.default_rng(6).standard_normal((5, 6)).astype("float32")
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh((world_size,), ("axis",), devices)
+    for axes in (("axis", None), (None, "axis")):
+        layout = keras.distribution.TensorLayout(axes, mesh)
+        tensor = keras.distribution.distribute_tensor(x, layout)
+        again = keras.distribution.distribute_tensor(tensor, layout)
+        assert again is tensor
+        said = [
+            float(ops.norm(tensor)),
+            float(ops.sum(tensor)),
+            array(tensor + ops.ones((5, 6))),
+            array(ops.max(tensor, axis=0)),
+        ]
+        expected = [np.linalg.norm(x), x.sum(), x + 1, x.max(0)]
+        parity.assert_equal_on_all(axes, said, expected)
 
 
 def test_printing_does_not_communicate(world_size, rank):
