@@ -63,11 +63,13 @@ def data():
     return x, rng.standard_normal((ROWS, 3)).astype("float32")
 
 
-def make_model(between=None, cls=keras.Sequential, **kwargs):
+def make_model(between=None, cls=keras.Sequential, units=7, **kwargs):
     model = cls(
         [
             keras.Input((5,)),
-            layers.Dense(7, "tanh", name="first", bias_initializer="uniform"),
+            layers.Dense(
+                units, "tanh", name="first", bias_initializer="uniform"
+            ),
             *([] if between is None else [between()]),
             layers.Dense(3, name="second"),
         ]
@@ -589,7 +591,8 @@ def test_hooks(world_size):
 
 class PerRow(layers.Layer):
     def build(self, shape):
-        self.kernel = self.add_weight(shape=(shape[-1], 7), name="kernel")
+        shape = (shape[-1], shape[-1])
+        self.kernel = self.add_weight(shape=shape, name="kernel")
 
     def call(self, x):
         def of_row(row):
@@ -636,7 +639,8 @@ def test_layer(layer, world_size):
         return logs, gradients(model), model.predict(data()[0], verbose=0)
 
     def make():
-        return make_model(lambda: layer(name="between"))
+        # Shards of one size: others are gathered between layers.
+        return make_model(lambda: layer(name="between"), units=8)
 
     expected = parity.run(program, make)
     for layouts in keyed.values():
