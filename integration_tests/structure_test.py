@@ -7,11 +7,14 @@ import pickle
 import numpy as np
 import pytest
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Shard
 
 import keras
 from integration_tests import parity
 from keras import layers
 from keras import ops
+from keras.src.backend.torch.distribution import storage
 
 pytestmark = pytest.mark.world(2)
 
@@ -231,13 +234,11 @@ def test_two_models_with_two_distributions():
 
 def implicit_replication():
     """Whether a plain tensor may meet a DTensor now."""
-    layout = keras.distribution.TensorLayout(
-        ("model",),
-        keras.distribution.DeviceMesh(
-            (1, 2), ("batch", "model"), keras.distribution.list_devices()
-        ),
+    mesh = keras.distribution.DeviceMesh(
+        (1, 2), ("batch", "model"), keras.distribution.list_devices()
     )
-    sharded = keras.distribution.distribute_tensor(np.ones(4, "f"), layout)
+    placements = (Replicate(), Shard(0))
+    sharded = storage.shard(ops.ones(4), mesh.backend_mesh, placements)
     try:
         sharded + ops.ones(4)
     except RuntimeError:

@@ -63,11 +63,13 @@ def data():
     return x, rng.standard_normal((ROWS, 3)).astype("float32")
 
 
-def make_model(between=None, cls=keras.Sequential, **kwargs):
+def make_model(between=None, cls=keras.Sequential, units=7, **kwargs):
     model = cls(
         [
             keras.Input((5,)),
-            layers.Dense(7, "tanh", name="first", bias_initializer="uniform"),
+            layers.Dense(
+                units, "tanh", name="first", bias_initializer="uniform"
+            ),
             *([] if between is None else [between()]),
             layers.Dense(3, name="second"),
         ]
@@ -126,6 +128,7 @@ READS = {
     "of rows": lambda w: array(ops.sum(w**2, axis=-1)),
     "an entry": lambda w: w.value[1, 2].item(),
     "a row": lambda w: w.value[-1].tolist(),
+    "printed entry": lambda w: float(f"{w.value[1, 2]:.5f}"),
     "list": lambda w: w.value.tolist(),
     "numpy": lambda w: w.value.detach().numpy(),
     "asarray": lambda w: np.asarray(w),
@@ -588,7 +591,8 @@ def test_hooks(world_size):
 
 class PerRow(layers.Layer):
     def build(self, shape):
-        self.kernel = self.add_weight(shape=(shape[-1], 7), name="kernel")
+        shape = (shape[-1], shape[-1])
+        self.kernel = self.add_weight(shape=shape, name="kernel")
 
     def call(self, x):
         def of_row(row):
@@ -635,7 +639,8 @@ def test_layer(layer, world_size):
         return logs, gradients(model), model.predict(data()[0], verbose=0)
 
     def make():
-        return make_model(lambda: layer(name="between"))
+        # Shards of one size: others are gathered between layers.
+        return make_model(lambda: layer(name="between"), units=8)
 
     expected = parity.run(program, make)
     for layouts in keyed.values():
@@ -643,6 +648,22 @@ def test_layer(layer, world_size):
         distribution = parity.model_parallel((world_size // 2, 2), layouts)
         actual = parity.run(program, make, distribution)
         parity.assert_equal_on_all(layouts, actual, expected)
+
+
+def of_weights(w):
+    """Transforms with respect to a weight itself."""
+
+    def cubes(w):
+        return (w**3).sum()
+
+    with torch.no_grad():
+        detached = w.detach()
+    return [
+        array(torch.func.grad(cubes)(w)),
+        array(torch.func.hessian(cubes)(detached)),
+        array(torch.func.jvp(cubes, (detached,), (detached,))[1]),
+        array(torch.autograd.functional.jacobian(cubes, w)),
+    ]
 
 
 def test_functional_transforms(world_size):
@@ -658,6 +679,7 @@ def test_functional_transforms(world_size):
             array(torch.func.grad(loss)(scale, x)),
             array(torch.vmap(torch.func.grad(loss), (None, 0))(scale, x)),
             array(torch.func.jacrev(loss, 1)(scale, x)),
+            *of_weights(first.kernel.value),
         ]
 
     check(program, world_size)
@@ -725,6 +747,26 @@ def test_sizes(world_size):
         return model.count_params(), sizes, count, len(lines)
 
     check(program, world_size)
+
+
+def test_distributed_tensor(world_size):
+    """What a script distributes shows its whole shape too."""
+    x = np.random.default_rng(6).standard_normal((5, 6)).astype("float32")
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh((world_size,), ("axis",), devices)
+    for axes in (("axis", None), (None, "axis")):
+        layout = keras.distribution.TensorLayout(axes, mesh)
+        tensor = keras.distribution.distribute_tensor(x, layout)
+        again = keras.distribution.distribute_tensor(tensor, layout)
+        assert again is tensor
+        said = [
+            float(ops.norm(tensor)),
+            float(ops.sum(tensor)),
+            array(tensor + ops.ones((5, 6))),
+            array(ops.max(tensor, axis=0)),
+        ]
+        expected = [np.linalg.norm(x), x.sum(), x + 1, x.max(0)]
+        parity.assert_equal_on_all(axes, said, expected)
 
 
 def test_printing_does_not_communicate(world_size, rank):

@@ -8,14 +8,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.core import convert_to_tensor
-from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import context as context_lib
-from keras.src.backend.torch.distribution import cuts
+from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import mesh as mesh_lib
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution import weights
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -96,7 +96,9 @@ def distribute_tensor(tensor, layout):
         layout: `TensorLayout`, or what `_to_backend_layout` gives for one.
 
     Returns:
-        `torch.distributed.tensor.DTensor`, or `tensor` with one process.
+        A DTensor that shows the whole shape (`weights.ShardedTensor`): what is
+        computed from it is computed from its whole value. Or `tensor` with one
+        process.
     """
     layout = getattr(layout, "tensor_layout", layout)
     tensor = convert_to_tensor(tensor)
@@ -110,11 +112,16 @@ def distribute_tensor(tensor, layout):
         return tensor
     placements = _placements(layout, tensor.shape)
     mesh = layout.device_mesh.backend_mesh
-    if isinstance(tensor, DTensor):
-        return tensor.redistribute(mesh, placements)
-    return sharded.Enter.apply(
-        *_cut(tensor, mesh, placements),
+    layout = laid_out.Layout(
+        weights.ShardedTensor,
+        mesh,
+        placements,
+        tuple(tensor.shape),
+        _context_of(mesh),
     )
+    if sharded.is_weight(tensor) and layout.is_laid_out(tensor):
+        return tensor
+    return layout.carry(laid_out.sliced(sharded.whole(tensor), layout))
 
 
 def distribute_variable(value, layout, trainable=None):
@@ -131,7 +138,8 @@ def distribute_variable(value, layout, trainable=None):
             to what `value` says of itself, or True.
 
     Returns:
-        `torch.nn.Parameter` around a DTensor on the layout's mesh.
+        `torch.nn.Parameter` around a DTensor on the layout's mesh, as variables
+        store it.
     """
     if trainable is None:
         trainable = getattr(value, "trainable", None)
@@ -144,8 +152,9 @@ def distribute_variable(value, layout, trainable=None):
     layout = getattr(layout, "tensor_layout", layout)
     placements = _placements(layout, tensor.shape)
     mesh = layout.device_mesh.backend_mesh
+    value = storage.shard(tensor, mesh, placements)
     return torch.nn.Parameter(
-        storage.shard(tensor, mesh, placements),
+        weights.stored(value, _context_of(mesh)),
         requires_grad=bool(trainable and asks),
     )
 
@@ -341,11 +350,10 @@ def _placements(layout, shape):
     return context_lib.layout_placements(layout, mesh, shape, "tensor")
 
 
-def _cut(tensor, mesh, placements):
-    local = tensor
-    for dim, axis in cuts.of_placements(placements, tuple(mesh.shape)):
-        local = collectives.Slice.apply(local, dim, mesh.get_group(axis))
-    return local, mesh, placements, tuple(tensor.shape)
+def _context_of(mesh):
+    """The current `Context`, None if it is of another mesh."""
+    context = context_lib.current()
+    return context if context is not None and context.mesh == mesh else None
 
 
 def _relayout_activation(tensor, layout, context):

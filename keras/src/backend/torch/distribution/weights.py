@@ -14,6 +14,7 @@ from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import weight_entries
 from keras.src.backend.torch.distribution import weight_functions
 
+PRINTED = {"__repr__", "__format__"}
 DETACH = torch.ops.aten.detach.default
 
 as_torch_has_it = torch._C.DisableTorchFunctionSubclass
@@ -213,7 +214,7 @@ class View(torch.Tensor):
         if leaves_to(types):
             return NotImplemented
         name = operators.name_of(func)
-        if name in weight_functions.QUESTIONS:
+        if name in weight_functions.QUESTIONS - PRINTED:
             with as_torch_has_it():
                 return func(*args, **(kwargs or {}))
         target = args[0] if args else None
