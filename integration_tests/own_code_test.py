@@ -2,13 +2,11 @@
 
 import logging
 
-import numpy as np
 import pytest
 import torch
 
 import keras
 from integration_tests import parity
-from integration_tests.losses_test import BATCH
 from integration_tests.losses_test import CLASSES
 from integration_tests.losses_test import FEATURES
 from integration_tests.losses_test import ROWS

@@ -8,7 +8,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.core import convert_to_tensor
+from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import context as context_lib
+from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import mesh as mesh_lib
 from keras.src.backend.torch.distribution import process_group
@@ -105,6 +107,12 @@ def distribute_tensor(tensor, layout):
     if getattr(layout, "is_of_rows", False):
         return tensor
     context = context_lib.current()
+    if type(tensor) is GlobalTensor:
+        if modes.calls and context is not None:
+            return activations.of_rows(
+                tensor, _relayout_activation, layout, context
+            )
+        return tensor
     if modes.calls and context is not None:
         return _relayout_activation(tensor, layout, context)
     if context is None and process_group.num_processes() == 1:

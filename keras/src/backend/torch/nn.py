@@ -81,8 +81,8 @@ def _sharded_convolution(released, letters_of):
 def _fails_on_one_row(inputs, kernel):
     """Whether backward of a convolution fails on a data shard's only row.
 
-    torch 2.13: of one row, on one thread, the CPU's plain kernel is taken, which
-    refuses the gradient of a kernel of one channel, as Keras lays it out.
+    torch 2.13: of one row, on one thread, the CPU's plain kernel is taken,
+    which refuses the gradient of a kernel of one channel, as Keras lays it out.
     """
     return (
         rows.get_current_rows() is not None
