@@ -209,6 +209,46 @@ def test_a_hand_written_loop_over_the_global_batch():
     )
 
 
+class Clipped(torch.autograd.Function):
+    """A gradient that is not linear in what arrives."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sort(0)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-0.01, 0.02)
+
+
+def test_custom_gradients_outside_of_steps():
+    def program(distribution=None):
+        def make_model():
+            return keras.Sequential([keras.Input((FEATURES,)), layers.Dense(2)])
+
+        def train(model):
+            x = torch.as_tensor(normal(FEATURES)[:7])
+            if distribution is not None:
+                shard = distribution.data_shard_id
+                x = distribution_lib.distribute_data_input(
+                    np.array_split(x, 2)[shard],
+                    distribution.get_data_layout(x.shape),
+                    "batch",
+                )
+            (Clipped.apply(model(x)) ** 2).sum().backward()
+            return [
+                ops.convert_to_numpy(v.value.grad)
+                for v in model.trainable_variables
+            ]
+
+        return parity.run(train, make_model, distribution)
+
+    released = torch.autograd.Function.apply
+    assert_as_alone({"clipped": program})
+    keras.distribution.set_distribution(None)
+    assert torch.autograd.Function.apply == released
+
+
 def test_input_that_is_global_stays_what_it_is():
     distribution = keras.distribution.DataParallel()
     with distribution.scope():

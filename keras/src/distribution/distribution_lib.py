@@ -175,6 +175,7 @@ def set_distribution(value):
     context = context_lib.current()
     # Kept beside the distribution, as `clear_session` drops both.
     global_state.set_global_attribute(REPLICATION, None)
+    global_state.set_global_attribute(distribution_lib.ENTRY_POINTS, None)
     if context is not None and context.model_mesh is not None:
         global_state.set_global_attribute(
             REPLICATION, sharded.ImplicitReplication()

@@ -7,6 +7,7 @@ process, over all hosts.
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.common import global_state
 from keras.src.backend.torch.core import convert_to_tensor
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import context as context_lib
@@ -19,6 +20,7 @@ from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
 from keras.src.backend.torch.distribution import weights
 from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.global_rows import entry_points
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
@@ -37,6 +39,8 @@ __all__ = [
     "create_tp_plan_from_layout_map",
     "parallelize_torch_module",
 ]
+
+ENTRY_POINTS = "torch_entry_points"
 
 
 def list_devices(device_type=None):
@@ -207,6 +211,9 @@ def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
         and context.mesh == mesh
         and all(cuts.is_cut(p) == (i == axis) for i, p in enumerate(placements))
     ):
+        # Kept beside the distribution, as `clear_session` drops both.
+        if global_state.get_global_attribute(ENTRY_POINTS) is None:
+            global_state.set_global_attribute(ENTRY_POINTS, entry_points.Kept())
         return borders.Step(context).enter(batch, rows.Rows(counts, 0))
     return rows.assemble(batch, counts, mesh, axis, placements)
 

@@ -7,6 +7,7 @@ the global batch they are handed gathered tensors.
 
 import contextlib
 import functools
+import weakref
 
 import torch
 
@@ -31,6 +32,23 @@ def on_whole_tensors():
 
     Collective along the data axis, where they are handed others.
     """
+    put_back = _replace()
+    try:
+        yield
+    finally:
+        put_back()
+
+
+class Kept:
+    """They take gathered tensors as long as this object is kept: a program
+    outside of steps has a global batch."""
+
+    def __init__(self):
+        weakref.finalize(self, _replace())
+
+
+def _replace():
+    """Replaces them, and returns the function that puts back what was there."""
     replaced = [
         (torch.autograd.Function, "apply", _apply()),
         (torch.autograd, "backward", _backward(torch.autograd.backward)),
@@ -43,13 +61,14 @@ def on_whole_tensors():
     for name in CALLS:
         replaced.append((torch.func, name, _whole(getattr(torch.func, name))))
     before = [(owner, name, vars(owner)[name]) for owner, name, _ in replaced]
-    try:
-        for owner, name, value in replaced:
-            setattr(owner, name, value)
-        yield
-    finally:
+
+    def put_back():
         for owner, name, value in before:
             setattr(owner, name, value)
+
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    return put_back
 
 
 def _whole(function):
@@ -69,7 +88,8 @@ def _transform(transform):
     return transformed
 
 
-# Modules whose custom gradients know about data shards, or ask for no tensor.
+# Modules whose custom gradients are linear in what arrives, or know about data
+# shards.
 OURS = ("keras.src.backend.torch.distribution.", "torch.")
 
 
@@ -77,19 +97,24 @@ def _apply():
     released = vars(torch.autograd.Function)["apply"].__func__
 
     def apply(cls, *args, **kwargs):
-        if modes.known or cls.__module__.startswith(OURS):
-            return released(cls, *args, **kwargs)
-        outputs = released(cls, *map_tensors(whole, args), **kwargs)
-        return map_tensors(_with_gradient_of_all, outputs)
+        rows = None if modes.step is None else modes.step.shards
+        for x in args:
+            if type(x) is GlobalTensor:
+                rows, args = x.rows or rows, map_tensors(whole, args)
+                break
+        y = released(cls, *args, **kwargs)
+        if rows is None or modes.known or cls.__module__.startswith(OURS):
+            return y
+        return map_tensors(lambda y: _with_gradient_of_all(y, rows), y)
 
     return classmethod(apply)
 
 
-def _with_gradient_of_all(x):
+def _with_gradient_of_all(x, rows):
     """What a custom gradient gave: its backward sees what one device's does."""
-    if not x.requires_grad or type(x) is GlobalTensor or modes.step is None:
+    if not x.requires_grad or type(x) is GlobalTensor:
         return x
-    return GradientOfAll.apply(x, modes.step.context)
+    return GradientOfAll.apply(x, rows)
 
 
 class GradientOfAll(torch.autograd.Function):
@@ -100,14 +125,14 @@ class GradientOfAll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, context):
-        ctx.context = context
+    def forward(ctx, x, rows):
+        ctx.rows = rows
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = Sum.apply(grad, ctx.context.data_group)
-        return grad / ctx.context.data_size, None
+        grad = Sum.apply(grad, ctx.rows.group)
+        return grad / len(ctx.rows.counts), None
 
 
 def _backward(released):

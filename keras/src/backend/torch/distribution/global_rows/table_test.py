@@ -23,6 +23,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal import common_methods_invocations as methods
 from torch.utils import _pytree as pytree
 
 from keras.src.backend.torch.distribution import rows as rows_lib
@@ -31,11 +32,6 @@ from keras.src.backend.torch.distribution.global_rows import rules  # noqa: F401
 from keras.src.backend.torch.distribution.global_rows import table
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
-)
-
-pytest.importorskip("expecttest", reason="torch's samples need it")
-methods = pytest.importorskip(
-    "torch.testing._internal.common_methods_invocations"
 )
 
 # How much is tried of a function: cases of all that its samples give.
