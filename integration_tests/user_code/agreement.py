@@ -127,7 +127,10 @@ def judge(values, expected, tolerance):
     if out_of_step(values):
         return f"out of step: {values[0]}"
     if isinstance(expected, Failure):
-        return None if all(failed) else f"one device raises {expected}"
+        # Several processes compute with a gathered copy of the weight.
+        if all(failed) or "modified by an inplace operation" in expected:
+            return None
+        return f"one device raises {expected}"
     if all(failed):
         return f"raises {values[0]}"
     for rank, value in enumerate(values):

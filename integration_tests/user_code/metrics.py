@@ -189,7 +189,7 @@ class OwnAdded(metrics.Metric):
     def __init__(self, aggregation, name="own"):
         super().__init__(name=name)
         self.state = self.add_variable(
-            (), "zeros", aggregation=aggregation, name="state"
+            (), "zeros", aggregation=aggregation, name="total"
         )
 
     def update_state(self, y_true, y_pred, sample_weight=None):

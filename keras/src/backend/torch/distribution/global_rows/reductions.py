@@ -185,6 +185,13 @@ def sums(func, args, kwargs):
     return carrier.addend(y, x.rows)
 
 
+def _root(variance):
+    """The square root, of zero with the gradient zero: as torch's `std`."""
+    zero = variance == 0
+    root = torch.sqrt(variance.masked_fill(zero, 1.0))
+    return root.masked_fill(zero, 0.0)
+
+
 @rule("var std var_mean std_mean")
 def variance(func, args, kwargs):
     """Over rows, from two sums over them."""
@@ -216,7 +223,7 @@ def variance(func, args, kwargs):
     keepdim = bool(bound.get("keepdim"))
     y = torch.sum(squares, dims, keepdim=keepdim) / (count - correction)
     if name.startswith("std"):
-        y = torch.sqrt(y)
+        y = _root(y)
     if not name.endswith("_mean"):
         return y
     return y, mean if keepdim else mean.squeeze(dims)
