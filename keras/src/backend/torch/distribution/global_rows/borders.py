@@ -107,14 +107,21 @@ def is_seen():
 
 def rows_of(structure):
     """The rows that known code is handed in dim 0; None if there are none."""
-    for x in tree.flatten(structure):
-        if is_rows(x) and x.at == 0:
+    return _rows_of(tensors_of(structure))
+
+
+def _rows_of(tensors):
+    for x in tensors:
+        if type(x) is GlobalTensor and x.at == 0:
             return x.rows
     return None
 
 
 def tensors_of(structure):
-    return [x for x in tree.flatten(structure) if isinstance(x, torch.Tensor)]
+    """The tensors in nested lists, tuples and dicts."""
+    found = []
+    carrier.map_tensors(found.append, structure)
+    return found
 
 
 def our_rows(x, rows):
@@ -144,11 +151,11 @@ def call_layer(layer, function, args, kwargs):
 
     Collective along the data axis where it gathers, forward and backward.
     """
-    tensors = tensors_of((args, kwargs))
-    if not known.is_known(layer) or not tensors:
+    if not known.is_known(layer):
         return function(args, kwargs)
-    rows = rows_of((args, kwargs))
-    if rows is None and known.is_container(layer):
+    tensors = tensors_of((args, kwargs))
+    rows = _rows_of(tensors)
+    if rows is None and tensors and known.is_container(layer):
         # A whole batch: each data shard takes its part of the work.
         total = tensors[0].shape[0] if tensors[0].ndim else 0
         if total and all(x.ndim and x.shape[0] == total for x in tensors):
@@ -159,7 +166,7 @@ def call_layer(layer, function, args, kwargs):
             with on_our_rows():
                 return function(args, kwargs)
         return function(args, kwargs)
-    if not known.takes(layer, tensors):
+    if not known.takes(layer, [x.ndim for x in tensors]):
         return function(args, kwargs)
     shared = {}
     if type(layer) in known.lists().of_masks:
@@ -167,17 +174,15 @@ def call_layer(layer, function, args, kwargs):
         if mask is not None and mask.ndim < 3:
             shared["attention_mask"] = whole(mask)
             kwargs = {k: v for k, v in kwargs.items() if k not in shared}
-    args, kwargs = tree.map_structure(
+    args, kwargs = carrier.map_tensors(
         lambda x: our_rows(x, rows), (args, kwargs)
     )
     with on_our_rows(), rows_lib.current_rows(rows):
         outputs = function(args, {**kwargs, **shared})
-    return tree.map_structure(lambda y: _output(layer, y, rows), outputs)
+    return carrier.map_tensors(lambda y: _output(layer, y, rows), outputs)
 
 
 def _output(layer, y, rows):
-    if not isinstance(y, torch.Tensor):
-        return y
     if not y.ndim or y.shape[0] != max(rows.local, 1):
         raise RuntimeError(
             f"The layer '{layer.path}' was expected to return an entry for "
@@ -199,7 +204,7 @@ def call_loss(loss, function, y_true, y_pred, sample_weight):
         return function(*arguments)
     if not known.is_known_loss(loss, tensors[0]):
         return function(*arguments)
-    arguments = tree.map_structure(lambda x: our_rows(x, rows), arguments)
+    arguments = carrier.map_tensors(lambda x: our_rows(x, rows), arguments)
     with on_our_rows(), rows_lib.current_rows(rows):
         value = function(*arguments)
     if value.ndim:
@@ -215,6 +220,13 @@ def call_metric(metric, function, args, kwargs):
     global batch: of our rows, if the metric is Keras's own."""
     rows = rows_of((args, kwargs))
     tensors = tensors_of((args, kwargs))
+    if rows is None and _is_mean_of_an_addend(metric, tensors, args, kwargs):
+        # The loss of a step, mostly. Each data shard counts its part.
+        shards = modes.step.shards
+        count = kwargs.pop("sample_weight", args[1] if args[1:] else None)
+        count = (1 if count is None else count) * shards.share
+        with on_our_rows(), rows_lib.current_rows(shards):
+            return function(args[0].local / shards.share, count)
     y_pred = kwargs.get("y_pred", args[1] if len(args) > 1 else None)
     if y_pred is None or not isinstance(y_pred, torch.Tensor):
         y_pred = tensors[0] if tensors else None
@@ -225,7 +237,7 @@ def call_metric(metric, function, args, kwargs):
         or any(v.aggregation != "sum" for v in metric.variables)
     ):
         return function(*args, **kwargs)
-    args, kwargs = tree.map_structure(
+    args, kwargs = carrier.map_tensors(
         lambda x: our_rows(x, rows), (args, kwargs)
     )
     with on_our_rows(), rows_lib.current_rows(rows):
@@ -238,6 +250,18 @@ def call_metric(metric, function, args, kwargs):
             for v in metric.variables:
                 v.assign(before.get(id(v), torch.zeros_like(v.value)))
         return result
+
+
+def _is_mean_of_an_addend(metric, tensors, args, kwargs):
+    return (
+        type(metric) is known.lists().mean
+        and len(tensors) == 1
+        and bool(args)
+        and is_addend(args[0])
+        and not args[0].ndim
+        and kwargs.keys() <= {"sample_weight"}
+        and len(args) + len(kwargs) < 3
+    )
 
 
 def on_rows_of(function, *args, tensors=1, **kwargs):

@@ -49,26 +49,20 @@ class Kept:
 
 def _replace():
     """Replaces them, and returns the function that puts back what was there."""
-    replaced = [
-        (torch.autograd.Function, "apply", _apply()),
-        (torch.autograd, "backward", _backward(torch.autograd.backward)),
-        (torch, "vmap", _transform(torch.vmap)),
-    ]
-    for name in TRANSFORMS:
-        replaced.append(
-            (torch.func, name, _transform(getattr(torch.func, name)))
-        )
-    for name in CALLS:
-        replaced.append((torch.func, name, _whole(getattr(torch.func, name))))
-    before = [(owner, name, vars(owner)[name]) for owner, name, _ in replaced]
+    before = [(owner, name, vars(owner)[name]) for owner, name, _ in PLACES]
 
     def put_back():
         for owner, name, value in before:
             setattr(owner, name, value)
 
-    for owner, name, value in replaced:
-        setattr(owner, name, value)
+    for (owner, name, make), (*_, released) in zip(PLACES, before):
+        setattr(owner, name, _made(make, released))
     return put_back
+
+
+@functools.lru_cache(maxsize=64)
+def _made(make, released):
+    return make(released)
 
 
 def _whole(function):
@@ -93,8 +87,8 @@ def _transform(transform):
 OURS = ("keras.src.backend.torch.distribution.", "torch.")
 
 
-def _apply():
-    released = vars(torch.autograd.Function)["apply"].__func__
+def _apply(released):
+    released = released.__func__
 
     def apply(cls, *args, **kwargs):
         rows = None if modes.step is None else modes.step.shards
@@ -154,3 +148,12 @@ def _backward(released):
         return released(losses, None, *args, **kwargs)
 
     return backward
+
+
+PLACES = [
+    (torch.autograd.Function, "apply", _apply),
+    (torch.autograd, "backward", _backward),
+    (torch, "vmap", _transform),
+    *((torch.func, name, _transform) for name in TRANSFORMS),
+    *((torch.func, name, _whole) for name in CALLS),
+]

@@ -99,6 +99,7 @@ class _Lists:
         self.of_all_rows = frozenset(
             getattr(losses, name) for name in OF_ALL_ROWS
         )
+        self.mean = metrics.Mean
         self.metrics = classes(metrics, metrics.Metric)
         self.activations = frozenset(activations.ALL_OBJECTS)
         modules = [
@@ -162,8 +163,26 @@ def _is_known(layer, is_inner=True):
             for name, value in own.items()
             if name.endswith("activation") and callable(value)
         )
+        and all(
+            axis is None or axis == -1 or axis > 0
+            for name in ("axis", "axes", "_attention_axes")
+            for axis in tree.flatten(own.get(name))
+        )
+        and keeps_rows(own.get("equation"))
         and all(map(_is_known, layer._layers))
     )
+
+
+def keeps_rows(equation):
+    """Whether an einsum with a kernel treats entries of dim 0 one by one."""
+    if equation is None:
+        return True
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    inputs, _, kernel = inputs.partition(",")
+    if inputs.startswith("..."):
+        return output.startswith("...") and "..." not in kernel
+    first = inputs[:1]
+    return output.startswith(first) and first not in kernel
 
 
 def is_container(layer):
@@ -186,34 +205,32 @@ def _is_known_container(model):
         x.shape[:1] == (None,) for x in functional.inputs
     ):
         return False  # Rows whose number is fixed are all rows.
-    return all(
+    if not all(
         isinstance(each, _models().Layer) and _is_known(each) for each in inner
-    )
-
-
-def takes(layer, tensors):
-    """Whether a known layer knows about rows in dim 0 of such tensors."""
-    least = 1 if type(layer) in lists().of_one_dim else 2
-    if type(layer) in lists().of_images:
-        least = 4
-    ndims = [x.ndim for x in tensors]
-    if min(ndims) < least and not (
-        type(layer) in lists().layers
-        and min(ndims) == 1
-        and max(ndims) > 1
-        and type(layer) not in lists().of_images
     ):
         return False
-    if is_container(layer):
-        return all(x.ndim > 1 for x in getattr(layer, "outputs", None) or ())
-    axes = [
-        axis
-        for name in ("axis", "axes")
-        for axis in tree.flatten(vars(layer).get(name))
-    ]
-    return all(
-        axis is None or axis > 0 or -max(ndims) < axis < 0 for axis in axes
+    if functional is None:
+        return True
+    return all(x.ndim > 1 for x in functional.outputs) and all(
+        takes(node.operation, [x.ndim for x in node.input_tensors])
+        for nodes in functional._nodes_by_depth.values()
+        for node in nodes
+        if not node.is_input
     )
+
+
+def takes(layer, ndims):
+    """Whether a known layer knows about rows in dim 0 of its arguments.
+
+    Args:
+        ndims: list of ints, how many dims they have.
+    """
+    if min(ndims) > 3:
+        return True
+    if type(layer) in lists().of_images:
+        return False
+    # Of several, one may have an entry for each row.
+    return max(ndims) > 1 or type(layer) in lists().of_one_dim
 
 
 def is_known_loss(loss, y_pred):
@@ -274,9 +291,7 @@ def is_known_program(model, step):
             return False
     if not is_container(model) or not is_known(model):
         return False
-    # What an activity regularizer adds is of the rows that it was handed.
-    outputs = getattr(model, "outputs", None) or ()
-    if any(x.ndim < 2 for x in outputs):
+    if model.activity_regularizer is not None:
         return False
     if step == "predict_step":
         return True
