@@ -107,6 +107,42 @@ def test_code_of_each_row_communicates_no_more():
         assert collectives_of_steps(*program, metrics=metrics) == plain
 
 
+class Peeking(OwnStep):
+    """Reads a metric in the middle of a step, and keeps what it has read."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        logs = {"before": self.error.result()}
+        self.error.update_state(y, self(x))
+        logs["between"] = self.error.result()
+        logs["twice"] = self.error.result() * 2
+        logs |= super().train_step(data)
+        logs["after"] = self.error.result()
+        self.error.update_state(y, self(x) + 1)
+        self.kept += [logs["before"], logs["after"]]
+        return logs
+
+
+def test_results_are_of_the_state_as_it_was():
+    def program(distribution=None):
+        def make_model():
+            inputs = keras.Input((FEATURES,))
+            model = Peeking(inputs, with_block(inputs))
+            model.error = keras.metrics.MeanAbsoluteError(name="error")
+            model.kept = []
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+            return model
+
+        def train(model):
+            x, y = normal(FEATURES)[:7], normal(CLASSES)[:7]
+            history = model.fit(x, y, batch_size=3, shuffle=False, verbose=0)
+            return history.history, [float(x) for x in model.kept]
+
+        return parity.run(train, make_model, distribution)
+
+    assert_as_alone({"peeking": program})
+
+
 def test_what_runs_on_all_rows_is_said_once(caplog):
     caplog.set_level(logging.INFO, "keras.distribution")
 

@@ -115,23 +115,9 @@ def reduce_global_logs(metrics, states, logs, stop, context):
         for x, value in zip(sums, reduced[len(states) :])
     }
     with metric_states.whole(states):
-        leaves = [
-            x.pending.of_whole_states()
-            if is_put_off(x)
-            else whole.get(id(x), x)
-            for x in leaves
-        ]
-    leaves = [carrier.whole(x) for x in leaves]
+        metric_states.fulfil(states)
+    leaves = [carrier.whole(whole.get(id(x), x)) for x in leaves]
     return tree.pack_sequence_as(logs, leaves), stop
-
-
-def is_put_off(x):
-    """Whether a log is computed from the states as they are after the step."""
-    return (
-        type(x) is carrier.GlobalTensor
-        and x.pending is not None
-        and x._whole is None
-    )
 
 
 def _differs(log, result):

@@ -190,6 +190,28 @@ def settle(state):
             carrier.whole(result)
 
 
+def settle_all(variables):
+    """As `settle`, before code of Keras's own changes the states."""
+    for variable in variables:
+        state = vars(variable).get(STATE)
+        if state is not None and state.results:
+            settle(state)
+
+
+def fulfil(variables):
+    """Computes what was put off, where variables hold their whole states.
+
+    Does not communicate.
+    """
+    for variable in variables:
+        state = vars(variable)[STATE]
+        results, state.results = state.results, []
+        for reference in results:
+            result = reference()
+            if result is not None and result._whole is None:
+                carrier.keep(result, result.pending.of_whole_states())
+
+
 def portion(variable, weight, context):
     """What the local state adds to the whole one: a flat tensor.
 
