@@ -1,7 +1,11 @@
-"""Programs in the manner of guides give one device's numbers, distributed."""
+"""Programs in the manner of guides give one device's numbers, distributed.
+
+`GUIDES_ALL=1` runs all of them under each distribution, not some.
+"""
 
 import contextlib
 import functools
+import os
 import re
 
 import numpy as np
@@ -12,8 +16,13 @@ from integration_tests import parity
 from integration_tests.guides import PROGRAMS
 
 NAMES = list(PROGRAMS)
-every_program = pytest.mark.parametrize("name", NAMES)
-every_third_program = pytest.mark.parametrize("name", NAMES[::3])
+ALL = "GUIDES_ALL" in os.environ
+
+
+def some(first):
+    """Every third program, from this one on, or all."""
+    names = NAMES if ALL else NAMES[first::3]
+    return pytest.mark.parametrize("name", names)
 
 
 def run_here(name, distribution=None):
@@ -74,28 +83,28 @@ def assert_as_alone(name, distribution):
     )
 
 
-@every_program
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.world(2)
 def test_data_parallel(name):
     expected(name)
     assert_as_alone(name, keras.distribution.DataParallel())
 
 
-@every_program
+@some(0)
 @pytest.mark.world(2)
 def test_tensor_parallel(name):
     cuts = layouts(name, model_axis="model")
     assert_as_alone(name, parity.model_parallel((1, 2), cuts))
 
 
-@every_program
+@some(1)
 @pytest.mark.world(2)
 def test_fully_sharded(name):
     cuts = layouts(name, data_axis="batch")
     assert_as_alone(name, parity.model_parallel((2,), cuts, ("batch",)))
 
 
-@every_third_program
+@some(2)
 @pytest.mark.world(4)
 def test_two_axes(name):
     cuts = layouts(name, model_axis="model", data_axis="batch")
