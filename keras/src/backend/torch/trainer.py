@@ -69,14 +69,13 @@ class TorchTrainer(upstream.TorchTrainer):
         method = getattr(super(), name)
         if current() is None:
             return method(*args, **kwargs)
-        known.forget()
         for step in (
             self.train_function,
             self.test_function,
             self.predict_function,
         ):
             if isinstance(step, Step):
-                step.is_known = None
+                step.forget()
         arguments = inspect.signature(method).bind(*args, **kwargs).arguments
         # What is gathered under `**kwargs` goes back to where it came from.
         arguments.update(arguments.pop("kwargs", {}))
@@ -158,6 +157,8 @@ class Step:
         checks.check_once(self.model, context)
         if not isinstance(data, rows.Batch):
             data = feeding.to_batch(data[0], context)
+            # Nobody says when a loop of somebody's own begins.
+            self.forget()
         if self.is_known is None:
             self.is_known = known.is_known_program(self.model, self.name)
         if context.data_size > 1 and not self.is_known:
@@ -172,6 +173,11 @@ class Step:
                 with self.compiled_if_met_before(data):
                     logs = self.run(data)
             return self.finish(logs, context)
+
+    def forget(self):
+        """Lets the next batch find out anew whose code is run."""
+        self.is_known = None
+        known.forget()
 
     def on_global_batch(self, data, context):
         """Runs the step where code sees the global batch."""

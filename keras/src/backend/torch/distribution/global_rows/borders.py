@@ -39,14 +39,19 @@ class Step:
 
     def __init__(self, context):
         self.context = context
+        self._rows = {}  # By their counts: equal ones meet as one.
         # One entry a data shard: what addends are of.
         self.shards = self.bound([1] * context.data_size)
 
     def bound(self, counts):
         """`rows.Rows` that somebody's code computes on."""
-        rows = rows_lib.Rows(counts, self.context.data_index)
-        rows.group = self.context.data_group
-        rows.weight_of_gradients = 1 / self.context.data_size
+        counts = tuple(counts)
+        rows = self._rows.get(counts)
+        if rows is None:
+            rows = rows_lib.Rows(counts, self.context.data_index)
+            rows.group = self.context.data_group
+            rows.weight_of_gradients = 1 / self.context.data_size
+            self._rows[counts] = rows
         return rows
 
     def of_split(self, total):

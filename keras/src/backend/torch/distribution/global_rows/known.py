@@ -302,16 +302,20 @@ def _are_known_losses(model):
     compiled = model._compile_loss
     if compiled is None:
         return True
-    return all(
+    # Built before the first step: whether all are known is seen then.
+    return compiled.built and all(
         loss is None or is_known_loss(loss, _Shape)
-        for _, loss, *_ in compiled._flat_losses or ()
+        for _, loss, *_ in compiled._flat_losses
     )
 
 
 def _are_known_metrics(model):
     compiled = model._compile_metrics
-    own = [] if compiled is None or not compiled.built else compiled.metrics
-    return all(is_known_metric(m, _Shape) for m in own)
+    if compiled is None:
+        return True
+    return compiled.built and all(
+        is_known_metric(m, _Shape) for m in compiled.metrics
+    )
 
 
 class _Shape:
