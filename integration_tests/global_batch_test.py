@@ -422,3 +422,56 @@ def test_an_error_of_the_code_is_raised_by_all():
         )
     )
     assert len(set(outcomes)) == 1 and "RuntimeError" in outcomes[0]
+
+
+class Masked(layers.Layer):
+    """Attention with a mask of steps, as many as there are rows, or half."""
+
+    def __init__(self, steps, **kwargs):
+        super().__init__(**kwargs)
+        self.mask = np.tri(steps, dtype="bool")
+        self.attention = layers.MultiHeadAttention(1, 3)
+
+    def call(self, x):
+        return self.attention(x, x, attention_mask=ops.array(self.mask))
+
+
+MIXING = {
+    "softmax": lambda x: layers.Softmax(axis=0)(x),
+    "unit norm": lambda x: layers.UnitNormalization(axis=0)(x),
+    "concatenate": lambda x: layers.Concatenate(axis=0)([x, 2 * x]),
+    "regularized": lambda x: layers.Dense(3, activity_regularizer="l2")(x),
+    "in a model": lambda x: keras.Sequential([layers.Softmax(axis=0)])(x),
+    "wrapped": lambda x: layers.SpectralNormalization(
+        layers.Dense(3, activity_regularizer="l1")
+    )(x, training=True),
+}
+
+
+def test_layers_of_keras_that_mix_rows():
+    def around(mix):
+        def outputs(x):
+            x = mix(layers.Dense(5, "tanh")(x))
+            return layers.Dense(CLASSES, name="out")(x)
+
+        return outputs
+
+    programs = {}
+    for name, mix in MIXING.items():
+        y = normal(CLASSES)
+        if name == "concatenate":
+            # Twice the rows: a loss of all of them.
+            loss = lambda y, p: ops.mean(p) ** 2 + ops.mean(ops.abs(p - 1))
+            programs[name] = fit(around(mix), y, loss)
+        else:
+            programs[name] = fit(around(mix), y)
+    assert_as_alone(programs)
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_masks_without_rows(steps):
+    x = normal(steps, FEATURES)
+    program = fit(
+        lambda x: Masked(steps)(x), x, x=x, batch_size=8, model=keras.Model
+    )
+    assert_as_alone({"mask": program})
