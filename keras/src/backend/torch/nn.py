@@ -58,18 +58,21 @@ def _sharded_convolution(released, letters_of):
 
     @functools.wraps(released)
     def function(inputs, kernel, *args, **kwargs):
-        if convolution.mesh_of(inputs, kernel) is None:
-            if _fails_on_one_row(inputs, kernel):
+        def convolve(x, kernel):
+            if _fails_on_one_row(x, kernel):
                 # A second row, that nothing is made of.
-                inputs = torch.cat([inputs, inputs.detach()])
-                return released(inputs, kernel, *args, **kwargs)[:1]
-            return released(inputs, kernel, *args, **kwargs)
+                x = torch.cat([x, x.detach()])
+                return released(x, kernel, *args, **kwargs)[:1]
+            return released(x, kernel, *args, **kwargs)
+
+        if convolution.mesh_of(inputs, kernel) is None:
+            return convolve(inputs, kernel)
         inputs = upstream.convert_to_tensor(inputs)
         kernel = upstream.convert_to_tensor(kernel)
         bound = signature.bind(inputs, kernel, *args, **kwargs)
         data_format = standardize_data_format(bound.arguments.get(FORMAT))
         return convolution.convolve(
-            lambda x, kernel: released(x, kernel, *args, **kwargs),
+            convolve,
             inputs,
             kernel,
             letters_of(inputs, kernel, data_format),
