@@ -65,7 +65,8 @@ def contrast(y, p):
     y = ops.normalize(y, axis=-1)
     p = ops.normalize(p, axis=-1)
     logits = ops.matmul(p, ops.transpose(y)) * 3.0
-    return torch.nn.functional.cross_entropy(logits, torch.arange(len(y)))
+    rows = torch.arange(len(y), device=logits.device)
+    return torch.nn.functional.cross_entropy(logits, rows)
 
 
 def spread(y, p):

@@ -68,11 +68,22 @@ def of_each_process(x, group):
         group: the process group.
     """
     result = x.new_empty((dist.get_world_size(group), *x.shape))
+    gather_into(result, x, group)
+    return result
+
+
+def gather_into(result, x, group):
+    """Writes the tensors of all processes of a group, one after the other.
+
+    Args:
+        result: contiguous tensor, of as many numbers as all of them.
+        x: tensor, of one shape and dtype on all processes.
+        group: the process group.
+    """
     theirs, ours = result.view(-1), x.contiguous().view(-1)
     if x.dtype not in SENT:
         theirs, ours = theirs.view(torch.uint8), ours.view(torch.uint8)
     dist.all_gather_single(theirs, ours, group=group)
-    return result
 
 
 def all_gather(x, dim, size, group):

@@ -238,9 +238,11 @@ def gather_parts(x, rows, group):
         padded = x.new_zeros((most, *x.shape[1:]))
         padded[: x.shape[0]] = x
         x = padded
-    pieces = collectives.of_each_process(x, group)
     if min(sizes) == most:
-        return pieces.flatten(0, 1)
+        result = x.new_empty((most * len(sizes), *x.shape[1:]))
+        collectives.gather_into(result, x, group)
+        return result
+    pieces = collectives.of_each_process(x, group)
     return torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
 
 

@@ -59,12 +59,8 @@ class Gather(torch.autograd.Function):
     def forward(ctx, x, dim, rows):
         ctx.dim, ctx.rows = dim, rows
         y = gathered(x, dim, rows)
-        if y._is_view():
-            # The same memory: autograd lets nobody write into views of views.
-            y = y.new_empty(0).set_(
-                y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
-            )
-        return y
+        # Autograd lets nobody write into a view that a function returns.
+        return y.clone() if y._is_view() else y
 
     @staticmethod
     def backward(ctx, grad):
