@@ -139,6 +139,7 @@ def sliced(x, layout):
 def is_transformed():
     """Whether this is called by a function that `torch.vmap`, or `torch.func`,
     transforms."""
+    # torch 2.13: there is no public way to ask.
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from keras.src.backend.common import KerasVariable
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.global_rows import table
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
@@ -86,7 +87,6 @@ SHARDED = frozenset(
 OF_VIEWS = frozenset(
     "__matmul__ einsum flatten linear matmul reshape unflatten view".split()
 )
-NOT_IN_PLACE = ("__index__", "__int__", "__invert__", "__iter__")
 
 # What DTensor raises where a rule is missing or does not fit. Not more: a
 # checkpoint ends its recomputation by an exception of its own.
@@ -214,12 +214,7 @@ def name_of(func):
 
 def is_in_place(func):
     """Whether a torch function writes into its first argument."""
-    name = name_of(func)
-    if name.startswith("__"):
-        return name == "__setitem__" or (
-            name.startswith("__i") and name not in NOT_IN_PLACE
-        )
-    return name.endswith("_")
+    return table.is_in_place(name_of(func))
 
 
 def _value(x):

@@ -10,6 +10,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
 from keras.src.backend.torch.distribution.global_rows.carrier import is_addend
 from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
 from keras.src.backend.torch.distribution.global_rows.carrier import leaf_of_all
+from keras.src.backend.torch.distribution.global_rows.carrier import local_of
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
 from keras.src.backend.torch.distribution.global_rows.table import align
 from keras.src.backend.torch.distribution.global_rows.table import is_in_place
@@ -245,7 +246,3 @@ def like(func, args, kwargs):
     if y is x.local:
         return x
     return GlobalTensor(y, x.at, x.rows)
-
-
-def local_of(x):
-    return x.local if type(x) is GlobalTensor else x

@@ -13,11 +13,9 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
 from keras.src.backend.torch.distribution.global_rows.carrier import is_addend
 from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
 from keras.src.backend.torch.distribution.global_rows.carrier import leaf_of_all
+from keras.src.backend.torch.distribution.global_rows.carrier import local_of
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
 from keras.src.backend.torch.distribution.global_rows.carrier import whole
-from keras.src.backend.torch.distribution.global_rows.elementwise import (
-    local_of,
-)
 from keras.src.backend.torch.distribution.global_rows.table import align
 from keras.src.backend.torch.distribution.global_rows.table import bind
 from keras.src.backend.torch.distribution.global_rows.table import rule

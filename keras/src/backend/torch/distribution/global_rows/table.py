@@ -26,6 +26,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
 from keras.src.backend.torch.distribution.global_rows.carrier import leaf_of_all
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
 from keras.src.backend.torch.distribution.global_rows.carrier import whole
+from keras.src.backend.torch.distribution.laid_out import is_transformed
 from keras.src.backend.torch.distribution.modes import modes
 
 logger = logging.getLogger("keras.distribution")
@@ -89,7 +90,7 @@ def _tell(x):
 
 def _run(func, name, args, kwargs):
     rule = RULES.get(name)
-    if rule is not None and not is_transforming():
+    if rule is not None and not is_transformed():
         if not args and "input" in kwargs and name != "where":
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)  # It comes first.
@@ -154,18 +155,13 @@ def _in_place_on_all_rows(func, args, kwargs):
 
 @functools.cache
 def is_in_place(name):
+    """Whether a torch function of this name writes into its first argument."""
     if name.startswith("__"):
         return name == "__setitem__" or (
             name.startswith("__i")
             and name not in ("__invert__", "__int__", "__index__", "__iter__")
         )
     return name.endswith("_") and name != "requires_grad_"
-
-
-def is_transforming():
-    """Whether a transform of `torch.func` is under way: its tensors nest."""
-    # torch 2.13: there is no public way to ask.
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _values(structure):
