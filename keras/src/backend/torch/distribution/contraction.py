@@ -14,6 +14,8 @@ So column -> activation -> row communicates once forward and once backward
 (Shoeybi et al., 2019).
 """
 
+import weakref
+
 import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
@@ -193,22 +195,28 @@ def _column_input(x, x_dim, inputs, steps, group):
     """The whole input, whose gradient is a sum over processes.
 
     Layers that share an input (query, key and value) share this too, so that
-    the gradient is summed once for all of them.
+    the gradient is summed once for all of them. The input remembers it for as
+    long as a layer has saved it for backward: it may be a view, which keeps
+    the input, so that a strong reference would keep both for ever.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         if x_dim is None:
             return x
         return collectives.all_gather(x, x_dim, inputs.shape[x_dim], group)
-    shared = inputs.__dict__.setdefault(COLUMN_INPUT, {})
+    shared = inputs.__dict__.setdefault(
+        COLUMN_INPUT, weakref.WeakValueDictionary()
+    )
     key = (steps, x.dtype)
-    if key not in shared:
+    result = shared.get(key)
+    if result is None:
         if x_dim is None:
-            shared[key] = collectives.AllReduceGradient.apply(x, group)
+            result = collectives.AllReduceGradient.apply(x, group)
         else:
-            shared[key] = collectives.AllGatherPartial.apply(
+            result = collectives.AllGatherPartial.apply(
                 x, x_dim, inputs.shape[x_dim], group
             )
-    return shared[key]
+        shared[key] = result
+    return result
 
 
 def dim_of(placement):
