@@ -2,11 +2,13 @@
 
 import functools
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src import tree
 from keras.src.backend.torch import core as upstream
+from keras.src.backend.torch.distribution import agreement
 from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import laid_out
@@ -31,6 +33,8 @@ released_variable = upstream.Variable
 class Variable(upstream.Variable):
     # Of the whole value that a sharded one was cut of, until it is assigned.
     _initial_checksum = None
+    # A few entries of the whole value that was last written into a sharded one.
+    written = None
     # By which the reducer knows it; see `gradients`.
     _gradient_number = None
 
@@ -85,6 +89,11 @@ class Variable(upstream.Variable):
     def _initialize_with_initializer(self, initializer):
         with modes.drawing_initial_values():
             super()._initialize_with_initializer(initializer)
+
+    def assign(self, value):
+        if isinstance(value, np.ndarray) and isinstance(self._value, DTensor):
+            self.written = agreement.sample(value)
+        return super().assign(value)
 
     @modes.direct()
     def _direct_assign(self, value):

@@ -11,7 +11,9 @@ from keras.src import tree
 from keras.src.backend.torch import trainer as upstream
 from keras.src.backend.torch.distribution import accumulation
 from keras.src.backend.torch.distribution import activations
+from keras.src.backend.torch.distribution import agreement
 from keras.src.backend.torch.distribution import checks
+from keras.src.backend.torch.distribution import configuration
 from keras.src.backend.torch.distribution import feeding
 from keras.src.backend.torch.distribution import logs as logs_lib
 from keras.src.backend.torch.distribution import metric_states
@@ -81,7 +83,8 @@ class TorchTrainer(upstream.TorchTrainer):
         arguments.update(arguments.pop("kwargs", {}))
         if process_group.process_id():
             arguments["verbose"] = 0
-        if name == "fit":
+        has_callbacks = _check_call(self, name, arguments)
+        if name == "fit" and has_callbacks:
             arguments["callbacks"] = _agreeing_callbacks(
                 arguments.get("callbacks"), self
             )
@@ -148,6 +151,7 @@ class Step:
         self.model = model
         self.function = function
         self.is_known = None  # Whether all code in it is Keras's own.
+        self.steps = 0  # So many since `fit` began.
         self.kinds_of_batches = set()
 
     def __call__(self, data):
@@ -158,11 +162,14 @@ class Step:
         if not isinstance(data, rows.Batch):
             data = feeding.to_batch(data[0], context)
             # Nobody says when a loop of somebody's own begins.
-            self.forget()
+            self.is_known = None
+            known.forget()
+            self.check_batch(data)
+        facts = self.facts(data, context)
         if self.is_known is None:
             self.is_known = known.is_known_program(self.model, self.name)
         if context.data_size > 1 and not self.is_known:
-            return self.on_global_batch(data, context)
+            return self.on_global_batch(data, facts, context)
         states = self.states(context)
         with (
             modes.on_global_batch(None),
@@ -172,14 +179,23 @@ class Step:
             with logs_lib.unchanged_by_no_rows(states, data.rows):
                 with self.compiled_if_met_before(data):
                     logs = self.run(data)
-            return self.finish(logs, context)
+            return self.finish(logs, facts, context)
 
     def forget(self):
         """Lets the next batch find out anew whose code is run."""
         self.is_known = None
         known.forget()
+        self.steps = 0
 
-    def on_global_batch(self, data, context):
+    def check_batch(self, data):
+        """Nothing here: the reduction of logs tells whether batches differ."""
+
+    def facts(self, data, context):
+        """What must be the same on all processes in this step."""
+        # Rows that are local from the start are not the same.
+        return dict(data.facts) if context.auto_shard else {}
+
+    def on_global_batch(self, data, facts, context):
         """Runs the step where code sees the global batch."""
         states = [v for v in self.states(context) if v.aggregation == "sum"]
         with (
@@ -189,7 +205,7 @@ class Step:
             self.uncompiled(),
         ):
             logs = self.run([step.enter(data[0], data.rows)])
-            return self.finish_global(logs, states, context)
+            return self.finish_global(logs, states, facts, context)
 
     def compiled_if_met_before(self, data):
         """Within it, a compiled step is run as written on a new kind of batch:
@@ -227,22 +243,51 @@ class Step:
                 return self.function(data)
         return self.function(data)
 
-    def finish(self, logs, context):
-        return self.reduce(logs, False, context)[0]
-
-    def finish_global(self, logs, states, context):
-        return logs_lib.reduce_global_logs(
-            self.model.metrics, states, logs, False, context
-        )[0]
-
-    def reduce(self, logs, stop, context):
-        return logs_lib.reduce_logs(
-            self.model.metrics, self.states(context), logs, stop, context
+    def finish(self, logs, facts, context):
+        return self.reduce(
+            logs_lib.reduce_logs, logs, self.states(context), facts, context
         )
+
+    def finish_global(self, logs, states, facts, context):
+        return self.reduce(
+            logs_lib.reduce_global_logs, logs, states, facts, context
+        )
+
+    def reduce(self, reduce_logs, logs, states, facts, context):
+        """Global logs; stops if any process wants to, fails if they differ."""
+        ballot = agreement.Ballot(facts)
+        logs, (stop, *sums) = reduce_logs(
+            self.model.metrics,
+            states,
+            logs,
+            [float(self.wants_to_stop), *ballot.numbers],
+            context,
+        )
+        ballot.check(sums, f"in a {self.name.replace('_', ' ')}")
+        self.wants_to_stop = bool(stop)
+        return logs
+
+    # Nobody asks an evaluation or a prediction to stop.
+    wants_to_stop = False
 
 
 class TrainStep(Step):
     name = "train_step"
+
+    @property
+    def wants_to_stop(self):
+        return self.model.stop_training
+
+    @wants_to_stop.setter
+    def wants_to_stop(self, value):
+        self.model.stop_training = value
+
+    def facts(self, data, context):
+        facts = super().facts(data, context)
+        is_time = self.steps % checks.STEPS_BETWEEN == 0
+        self.steps += 1
+        facts.update(checks.facts_of_training(self.model, is_time))
+        return facts
 
     def run(self, data):
         step = getattr(self.model.train_step, "__func__", None)
@@ -251,22 +296,6 @@ class TrainStep(Step):
         with accumulation.of_step(self.model.optimizer, current()):
             return super().run(data)
 
-    def finish(self, logs, context):
-        logs, self.model.stop_training = self.reduce(
-            logs, self.model.stop_training, context
-        )
-        return logs
-
-    def finish_global(self, logs, states, context):
-        logs, self.model.stop_training = logs_lib.reduce_global_logs(
-            self.model.metrics,
-            states,
-            logs,
-            self.model.stop_training,
-            context,
-        )
-        return logs
-
 
 class PredictStep(Step):
     name = "predict_step"
@@ -274,11 +303,21 @@ class PredictStep(Step):
     def run(self, data):
         return self.function(data)
 
-    def finish(self, outputs, context):
+    def check_batch(self, data):
+        """Raises if the batches that processes were handed differ.
+
+        Collective: every process calls it.
+        """
+        ballot = agreement.Ballot(data.facts)
+        ballot.check(agreement.add_up(ballot.numbers), "in a prediction")
+
+    def finish(self, outputs, facts, context):
         own = self.model._get_own_metrics()
         if context.data_size > 1 and len(self.model.metrics) > len(own):
             # Those of layers, which predictions update too.
-            self.reduce({}, False, context)
+            self.reduce(
+                logs_lib.reduce_logs, {}, self.states(context), facts, context
+            )
         outputs = tree.map_structure(activations.whole, outputs)
         if context.data_size == 1 or not context.auto_shard:
             # Rows were local from the start: so are those of the outputs.
@@ -292,11 +331,9 @@ class PredictStep(Step):
             outputs,
         )
 
-    def finish_global(self, outputs, states, context):
+    def finish_global(self, outputs, states, facts, context):
         if states:
-            logs_lib.reduce_global_logs(
-                self.model.metrics, states, {}, False, context
-            )
+            self.reduce(logs_lib.reduce_global_logs, {}, states, facts, context)
         outputs = tree.map_structure(activations.whole, outputs)
         return borders.leave(outputs, gathers=context.auto_shard)
 
@@ -314,22 +351,33 @@ class AgreeOnStopping(callbacks_module.Callback):
         self._agree()
 
     def _agree(self):
-        self.model.stop_training = logs_lib.any_process(
+        self.model.stop_training = agreement.any_process(
             self.model.stop_training
         )
 
 
-def _agreeing_callbacks(callbacks, model):
-    """Callbacks that all processes stop by.
+def _check_call(model, name, arguments):
+    """Raises on all processes if they call a method in different ways.
 
-    Collective: every process calls it, with or without callbacks.
+    Collective: every process calls it.
+
+    Returns:
+        Whether any of them has callbacks.
     """
+    facts = configuration.facts_of_arguments(name, arguments)
+    if name == "fit" and model.built:
+        facts.update(configuration.facts_of_model(model))
+    ballot = agreement.Ballot(facts)
+    callbacks = arguments.get("callbacks")
     if isinstance(callbacks, callbacks_module.CallbackList):
-        mine = bool(callbacks.callbacks)
-    else:
-        mine = bool(callbacks)
-    if not logs_lib.any_process(mine):
-        return callbacks
+        callbacks = callbacks.callbacks
+    has_callbacks, *sums = agreement.add_up([bool(callbacks), *ballot.numbers])
+    ballot.check(sums, f"in `{name}`")
+    return bool(has_callbacks)
+
+
+def _agreeing_callbacks(callbacks, model):
+    """Callbacks that all processes stop by."""
     if isinstance(callbacks, callbacks_module.CallbackList):
         own = callbacks.callbacks
         if not any(isinstance(c, AgreeOnStopping) for c in own):

@@ -4,10 +4,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import agreement
+from keras.src.backend.torch.distribution import configuration
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import sharded
 
 CHECKED = "_keras_checked_for"
+
+# How many steps of training lie between two looks at the weights.
+STEPS_BETWEEN = 100
 
 
 def check_once(model, context):
@@ -24,10 +29,49 @@ def check_once(model, context):
     variables = model.trainable_variables + model.non_trainable_variables
     check_made_under(variables, context)
     check_equal(variables, _buffers_of(model))
+    check_same_program(model)
     warn = getattr(context.distribution, "warn_of_unmatched_keys", None)
     if warn is not None and process_group.is_first():
         warn([v.path for v in variables])
     model.__dict__[CHECKED] = context
+
+
+def check_same_program(model):
+    """Raises on all processes if they configured a model in different ways.
+
+    Collective: every process calls it.
+    """
+    ballot = agreement.Ballot(configuration.facts_of_model(model))
+    ballot.check(agreement.add_up(ballot.numbers), "in the model")
+
+
+def facts_of_training(model, all_of_them):
+    """What must be the same on all processes while a model is trained.
+
+    Waits for a GPU where `all_of_them`, and only then.
+
+    Args:
+        model: a compiled model.
+        all_of_them: whether to look at what takes long.
+
+    Returns:
+        Dict from names to plain values and numpy arrays.
+    """
+    facts = {}
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    # Keras 3.15 has no public name for it but one that computes a schedule.
+    rate = getattr(optimizer, "_learning_rate", None)
+    rate = getattr(rate, "_value", None)
+    if rate is not None and (all_of_them or rate.device.type == "cpu"):
+        facts["learning rate"] = rate.item()
+    if all_of_them:
+        facts.update(
+            agreement.facts_of_weights(
+                model.trainable_variables + model.non_trainable_variables
+            )
+        )
+    return facts
 
 
 def check_made_under(variables, context):

@@ -1,5 +1,6 @@
 """What the current distribution means for this process."""
 
+import functools
 import logging
 import weakref
 
@@ -110,6 +111,14 @@ class Context:
         self.model_placements_whole = (Replicate(),) * len(self.model_axes)
         self.reducer = Reducer(self) if self.data_size > 1 else None
         self.said = set()
+
+    @functools.cached_property
+    def shards(self):
+        """The data shard of each process, by rank."""
+        ranks = self.mesh.mesh.movedim(self.data_axis, 0)
+        ranks = ranks.reshape(self.data_size, -1).tolist()
+        shard_of = {r: i for i, shard in enumerate(ranks) for r in shard}
+        return [shard_of[rank] for rank in range(dist.get_world_size())]
 
     @property
     def has_layouts(self):

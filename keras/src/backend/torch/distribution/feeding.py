@@ -5,13 +5,12 @@ import random
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.utils.data.distributed import DistributedSampler
 
 from keras.src import tree
 from keras.src.backend.torch import core
-from keras.src.backend.torch.distribution import process_group
+from keras.src.backend.torch.distribution import agreement
 from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import same_data
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.distribution import distribution_lib
@@ -21,9 +20,6 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 from keras.src.trainers.data_adapters.torch_data_loader_adapter import (
     TorchDataLoaderAdapter,
 )
-
-# What a process says instead of the size of a batch.
-FAILED, NONE = -2, -1
 
 
 class ShardedDataAdapter(DataAdapter):
@@ -81,49 +77,35 @@ class ShardedDataAdapter(DataAdapter):
         """
         while True:
             batch = error = None
+            facts = {}
             try:
                 batch = next(iterator, None)
                 if batch is not None:
                     batch = self._batch_of(batch)
+                    facts = batch.facts
             except Exception as e:
                 error = e
-            size = FAILED if error else NONE
+            size = same_data.FAILED if error else same_data.NONE
             if batch is not None:
                 size = batch.rows.total
-            sizes = self._exchange(size)
-            if FAILED in sizes:
+            sizes, digests = same_data.exchange(size, facts)
+            if same_data.FAILED in sizes:
+                failed = sizes.index(same_data.FAILED)
                 raise error or RuntimeError(
-                    f"Process {sizes.index(FAILED)} could not read a batch; "
-                    "its own error says why."
+                    f"Process {failed} could not read a batch; its own error "
+                    "says why."
                 )
-            if NONE in sizes:
-                self._check_all_ended(sizes)
+            if same_data.NONE in sizes:
+                same_data.check_all_ended(sizes, self.context)
                 return
-            yield self._agreed(batch, sizes)
-
-    def _exchange(self, size):
-        """The sizes of all processes' batches, from process 0 on."""
-        sizes = torch.empty(dist.get_world_size(), dtype=torch.int64)
-        dist.all_gather_single(sizes, torch.tensor([size]))
-        return sizes.tolist()
-
-    def _check_all_ended(self, sizes):
-        ended = sizes.count(NONE)
-        if ended == len(sizes):
-            return
-        mine = sizes[process_group.process_id()]
-        raise ValueError(
-            f"With `auto_shard_dataset={self.context.auto_shard}` every "
-            f"process must have the same number of batches. {ended} of "
-            f"{len(sizes)} processes ran out of data before the others; "
-            f"process {process_group.process_id()} "
-            f"{'has none left' if mine == NONE else 'has another batch'}."
-        )
+            batch = self._agreed(batch, sizes)
+            same_data.check_rows(batch.facts, digests, self.context)
+            yield batch
 
     def _batch_of(self, data):
         if isinstance(data, rows.Batch):
             return data
-        return rows.cut(data, self.context)
+        return _cut(data, self.context)
 
     def _agreed(self, batch, sizes):
         if any(size != sizes[0] for size in sizes):
@@ -206,7 +188,8 @@ class LocalDataAdapter(ShardedDataAdapter):
 
     def _batch_of(self, data):
         # Of the other data shards, `_agreed` tells.
-        return rows.Batch(data, rows.Rows([rows.count(data)], 0))
+        our_rows = rows.Rows([rows.count(data)], 0)
+        return rows.Batch(data, our_rows, agreement.facts_of_batch(data))
 
     def _agreed(self, batch, sizes):
         # The processes of a data shard have the same rows.
@@ -295,12 +278,12 @@ class _OurRows(torch.utils.data.Dataset):
         part = slice(*rows.with_a_row(start, stop))
         if self._draws is False:
             read = self._read_quietly if self._is_watched else self._read
-            return read(indices[part]), ours
+            return read(indices[part]), ours, _facts_of(indices)
         before = _random_states()
         samples = self._read(indices)[part]
         if self._draws is None:
             self.__dict__["_draws"] = _random_states() != before
-        return samples, ours
+        return samples, ours, _facts_of(indices)
 
     def _read_quietly(self, indices):
         before = _random_states()
@@ -342,9 +325,21 @@ def _random_states():
     )
 
 
-def _collate(collate, samples_and_rows):
-    samples, ours = samples_and_rows
-    return rows.Batch(collate(samples), ours)
+def _collate(collate, read):
+    samples, ours, facts = read
+    return rows.Batch(collate(samples), ours, facts)
+
+
+def _facts_of(indices):
+    """Which rows a batch is made of: so many, the first ones, the last ones."""
+    ends = [int(i) for i in (*indices[:4], *indices[-4:])]
+    return {"batch, order of its rows": (len(indices), *ends)}
+
+
+def _cut(data, context):
+    batch = rows.cut(data, context)
+    batch.facts = agreement.facts_of_batch(data)
+    return batch
 
 
 def _loader_of_our_rows(loader, context):
@@ -378,54 +373,15 @@ def data_adapter(context, **arguments):
         adapter = data_adapters.get_data_adapter(**arguments)
     finally:
         distribution_lib.set_distribution(distribution)
-    check_same_batches(adapter, arguments.get("steps_per_epoch"), context)
+    arrays = None
+    if isinstance(adapter, ArrayDataAdapter):
+        arrays = [arguments.get(name) for name in agreement.PARTS_OF_DATA]
+    steps = arguments.get("steps_per_epoch")
+    same_data.check_source(adapter, steps, arrays, context)
     if context.auto_shard:
-        check_sampler(adapter)
+        same_data.check_sampler(adapter)
         return ShardedDataAdapter(adapter, context)
     return LocalDataAdapter(adapter, context)
-
-
-def check_same_batches(adapter, steps_per_epoch, context):
-    """Raises where processes would take different numbers of batches.
-
-    One that knows its number does not ask for a batch beyond it, so that the
-    others would wait for it.
-
-    Collective: every process calls it.
-    """
-    numbers = [None] * dist.get_world_size()
-    mine = (adapter.num_batches, steps_per_epoch)
-    if context.auto_shard:
-        size = adapter.batch_size
-        # Adapters of unknown batch sizes cannot say what the last one has.
-        mine += (size, size and adapter.partial_batch_size)
-    dist.all_gather_object(numbers, mine)
-    if all(other == numbers[0] for other in numbers):
-        return
-    batches, steps, *sizes = zip(*numbers)
-    received = f"batches={list(batches)}, steps_per_epoch={list(steps)}"
-    if sizes:
-        received += f", batch_size={list(sizes[0])}, last={list(sizes[1])}"
-    raise ValueError(
-        f"With `auto_shard_dataset={context.auto_shard}` every process must "
-        "have the same number of batches and of steps"
-        f"{', of the same global rows' if context.auto_shard else ''}. "
-        f"Received, from process 0 on: {received}"
-    )
-
-
-def check_sampler(adapter):
-    if not isinstance(adapter, TorchDataLoaderAdapter):
-        return
-    loader = adapter.get_torch_dataloader()
-    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    if any(isinstance(s, DistributedSampler) for s in samplers):
-        raise ValueError(
-            "The sampler of the `DataLoader` gives each process rows of its "
-            "own, of which each would then take a part once more. Use another "
-            "sampler, or set `auto_shard_dataset=False` on the distribution. "
-            f"Received: sampler={loader.sampler}"
-        )
 
 
 def to_batch(data, context):
@@ -443,7 +399,7 @@ def to_batch(data, context):
         return borders.batch_of(data, context)
     outer = rows.get_current_rows()
     if outer is None and context.auto_shard:
-        return rows.cut(data, context)
+        return _cut(data, context)
     local = rows.count(data)
     if outer is not None and not outer.local:
         local = 0  # Without rows of ours, what we compute on is not ours.

@@ -9,6 +9,7 @@ from keras.src.backend.torch import trainer
 from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import feeding
 from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import same_data
 from keras.src.distribution import distribution_lib
 from keras.src.distribution.distribution_lib import DataParallel
 from keras.src.distribution.distribution_lib import DeviceMesh
@@ -20,6 +21,7 @@ def make_context(index, size=2, auto_shard=True):
     return types.SimpleNamespace(
         data_size=size,
         data_index=index,
+        shards=list(range(size)),
         data_ranks=range(size),
         data_group=None,
         auto_shard=auto_shard,
@@ -187,18 +189,6 @@ def test_all_say_that_one_ran_out_of_batches(on_threads):
     assert "process 1 has another batch" in second
 
 
-def test_numbers_of_local_batches_are_compared_at_the_start(on_threads):
-    def run(rank):
-        context = make_context(rank, 3, auto_shard=False)
-        adapter = types.SimpleNamespace(num_batches=(3, 3, 2)[rank])
-        with pytest.raises(ValueError, match=r"batches=\[3, 3, 2\]"):
-            feeding.check_same_batches(adapter, None, context)
-        adapter = types.SimpleNamespace(num_batches=3)
-        feeding.check_same_batches(adapter, 2, context)
-
-    on_threads(3, run)
-
-
 def test_to_batch(on_threads):
     x, _ = arrays(5)
     batch = feeding.to_batch((x,), make_context(1))
@@ -233,7 +223,7 @@ def test_data_adapter_puts_the_distribution_back(fake_world):
 
 def test_data_adapter_of_local_rows(fake_world, monkeypatch):
     fake_world(2)
-    monkeypatch.setattr(feeding, "check_same_batches", lambda *args: None)
+    monkeypatch.setattr(same_data, "check_source", lambda *args: None)
     with data_parallel(auto_shard_dataset=False).scope():
         adapter = feeding.data_adapter(
             context_lib.current(), x=arrays()[0], batch_size=4

@@ -1,7 +1,8 @@
 """Logs and metrics of a step: the global values, on every process.
 
 All metric states of a model (see `metric_states`), what else a train step
-returns and the stop flag are reduced in one small collective.
+returns, the stop flag and what processes agree on (see `agreement`) are reduced
+in one small collective.
 """
 
 import contextlib
@@ -15,11 +16,13 @@ from keras.src.backend.common.variables import Variable
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution.agreement import add_up
+from keras.src.backend.torch.distribution.agreement import any_process  # noqa: F401
 from keras.src.backend.torch.distribution.global_rows import carrier
 
 
-def reduce_logs(metrics, states, logs, stop, context):
-    """Global logs from local ones, and whether any process wants to stop.
+def reduce_logs(metrics, states, logs, flags, context):
+    """Global logs from local ones, and sums of flags over processes.
 
     Metrics are computed anew from their reduced state, which becomes their
     whole one; any other value is averaged over data shards, weighted with
@@ -31,14 +34,14 @@ def reduce_logs(metrics, states, logs, stop, context):
         metrics: the metrics of the model.
         states: their variables, with the local state: see `metric_states`.
         logs: dict of what the step returned.
-        stop: bool, whether this process wants to stop.
+        flags: list of numbers to be added up in float64.
         context: the `Context`.
 
     Returns:
-        Tuple of a dict with the same keys, and a bool.
+        Tuple of a dict with the same keys, and the sums of the flags.
     """
     if context.data_size == 1:
-        return logs, any_process(stop)
+        return logs, add_up(flags)
     logs = tree.map_structure(_value, logs)
     others = [
         name
@@ -64,15 +67,15 @@ def reduce_logs(metrics, states, logs, stop, context):
         _differs(logs[name], local.get(name)) * float(weight > 0)
         for name in others
     ]
-    # The host reads the flag, and must not wait for a GPU to do so.
+    # The host reads the flags, and must not wait for a GPU to do so.
     on_host = not values or values[0].device.type == "cpu"
     if on_host:
-        values.append(torch.full((1,), float(stop), dtype=torch.float64))
+        values.append(torch.tensor(flags, dtype=torch.float64))
     # A number that a train step returns lies on the host.
     state = torch.cat([v.to(values[0].device) for v in values])
     dist.all_reduce(state)
     reduced = state.split([v.numel() for v in values])
-    stop = bool(reduced[-1].item()) if on_host else any_process(stop)
+    flags = reduced[-1].tolist() if on_host else add_up(flags)
     for variable, value in zip(states, reduced):
         metric_states.write_whole(variable, value, context)
     with metric_states.whole(states):
@@ -87,10 +90,10 @@ def reduce_logs(metrics, states, logs, stop, context):
             # Without asking the GPU which of the two it is.
             mean = torch.where(difference[0] > 0, mean, result.to(mean.dtype))
         logs[name] = mean
-    return logs, stop
+    return logs, flags
 
 
-def reduce_global_logs(metrics, states, logs, stop, context):
+def reduce_global_logs(metrics, states, logs, flags, context):
     """As `reduce_logs`, of a step in which code sees the global batch: logs are
     whole already, addends, or results that were put off.
 
@@ -103,11 +106,11 @@ def reduce_global_logs(metrics, states, logs, stop, context):
     values += [metric_states.flat(x.local) * share for x in sums]
     on_host = not values or values[0].device.type == "cpu"
     if on_host:
-        values.append(torch.full((1,), float(stop), dtype=torch.float64))
+        values.append(torch.tensor(flags, dtype=torch.float64))
     state = torch.cat([v.to(values[0].device) for v in values])
     dist.all_reduce(state)
     reduced = state.split([v.numel() for v in values])
-    stop = bool(reduced[-1].item()) if on_host else any_process(stop)
+    flags = reduced[-1].tolist() if on_host else add_up(flags)
     for variable, value in zip(states, reduced):
         metric_states.write_whole(variable, value, context)
     whole = {
@@ -117,7 +120,7 @@ def reduce_global_logs(metrics, states, logs, stop, context):
     with metric_states.whole(states):
         metric_states.fulfil(states)
     leaves = [carrier.whole(whole.get(id(x), x)) for x in leaves]
-    return tree.pack_sequence_as(logs, leaves), stop
+    return tree.pack_sequence_as(logs, leaves), flags
 
 
 def _differs(log, result):
@@ -143,16 +146,6 @@ def unchanged_by_no_rows(states, rows):
     yield
     for variable, value in kept:
         variable.assign(value)
-
-
-def any_process(flag):
-    """Whether the flag is set on any process.
-
-    Collective: every process calls it.
-    """
-    flags = torch.tensor([float(flag)])
-    dist.all_reduce(flags)
-    return bool(flags.item())
 
 
 def _results(metrics):

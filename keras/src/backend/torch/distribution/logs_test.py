@@ -62,12 +62,12 @@ def test_metrics_are_those_of_all_rows(on_threads, make_metric, total):
         local = [backend.convert_to_numpy(v) for v in metric.variables]
         with rows.current_rows(rows.of_split(total, WORLD, rank)):
             reduced, stopped = reduce_logs(
-                [metric], {"metric": None}, False, make_context(rank)
+                [metric], {"metric": None}, [0.0], make_context(rank)
             )
         # The state stays local, and is reduced anew after the next step.
         for v, before in zip(metric.variables, local):
             np.testing.assert_array_equal(backend.convert_to_numpy(v), before)
-        assert not stopped
+        assert stopped == [0.0]
         return float(backend.convert_to_numpy(reduced["metric"]).sum())
 
     for actual in on_threads(WORLD, run):
@@ -85,7 +85,7 @@ def test_other_values_are_means_over_rows(on_threads):
                     "vector": torch.tensor([[1.0, rank]]),
                     "text": f"{rank}",
                 },
-                False,
+                [0.0],
                 make_context(rank),
             )[0]
 
@@ -99,16 +99,17 @@ def test_other_values_are_means_over_rows(on_threads):
 
 @pytest.mark.parametrize("flags", [(0, 0, 0), (0, 1, 0), (1, 1, 1)])
 @pytest.mark.parametrize("data_size", [WORLD, 1])
-def test_stops_if_any_process_wants_to(on_threads, flags, data_size):
+def test_flags_are_added_up(on_threads, flags, data_size):
     def run(rank):
         return reduce_logs(
             [],
             {"loss": torch.tensor(1.0)},
-            bool(flags[rank]),
+            [float(flags[rank]), 2.0**40 + rank],
             make_context(rank, data_size),
         )[1]
 
-    assert on_threads(WORLD, run) == [any(flags)] * WORLD
+    sums = [float(sum(flags)), WORLD * 2.0**40 + 3]
+    assert on_threads(WORLD, run) == [sums] * WORLD
     assert (
         on_threads(WORLD, lambda rank: logs.any_process(flags[rank]))
         == [any(flags)] * WORLD
@@ -124,7 +125,7 @@ def test_processes_of_a_data_shard_count_once(on_threads):
         return reduce_logs(
             [metric],
             {"sum": None, "loss": torch.tensor([2.0, 4.0][rank // 2])},
-            False,
+            [0.0],
             context,
         )[0]
 
@@ -159,7 +160,7 @@ def test_state_is_reduced_as_its_variable_says(
         metric.total.assign(float(2**rank))
         with rows.current_rows(rows.Rows((2, 1, 1), rank)):
             return reduce_logs(
-                [metric], {"own": None}, False, make_context(rank)
+                [metric], {"own": None}, [0.0], make_context(rank)
             )[0]["own"]
 
     for value in on_threads(WORLD, run):
@@ -181,7 +182,7 @@ def test_counters_stay_integers(on_threads):
         metric = Count()
         metric.count.assign(2**24 + rank)
         return reduce_logs(
-            [metric], {"count": None}, False, make_context(rank)
+            [metric], {"count": None}, [0.0], make_context(rank)
         )[0]["count"]
 
     for value in on_threads(WORLD, run):

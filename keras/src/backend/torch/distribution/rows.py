@@ -86,11 +86,19 @@ class Rows:
 
 
 class Batch(list):
-    """The `[data]` that Keras hands to a train function, with its rows."""
+    """The `[data]` that Keras hands to a train function, with its rows.
 
-    def __init__(self, data, rows):
+    Args:
+        data: nested arrays.
+        rows: the `Rows`.
+        facts: dict, of the batch that processes must have in common: see
+            `agreement`.
+    """
+
+    def __init__(self, data, rows, facts=None):
         super().__init__([data])
         self.rows = rows
+        self.facts = facts or {}
 
 
 def context_of_ours():
