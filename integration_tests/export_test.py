@@ -94,5 +94,4 @@ def test_errors(tmp_path):
         outcomes = everyone.outcomes(
             lambda: model.export(tmp_path / "model.pt2", format="torch")
         )
-    assert "Failed to export" in outcomes[0]
-    assert "Another process could not write" in outcomes[1]
+    assert all("Failed to export" in outcome for outcome in outcomes)

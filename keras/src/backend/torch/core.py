@@ -18,6 +18,7 @@ from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution import together
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.gradients import keep_plain
@@ -150,11 +151,21 @@ def convert_to_numpy(x):
 
     Collective if `x` holds DTensors: every process of their mesh calls it.
     """
+    if any(_is_sharded(e) for e in (x if _is_list(x) else [x])):
+        together.go_on()
     if isinstance(x, DTensor):
         x = laid_out.gathered(x)
-    elif isinstance(x, (list, tuple)):
+    elif _is_list(x):
         x = [laid_out.gathered(e) if isinstance(e, DTensor) else e for e in x]
     return released_convert_to_numpy(x)
+
+
+def _is_list(x):
+    return isinstance(x, (list, tuple))
+
+
+def _is_sharded(x):
+    return isinstance(getattr(x, "_value", x), DTensor)
 
 
 def vectorized_map(function, elements):

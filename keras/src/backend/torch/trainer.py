@@ -5,7 +5,6 @@ import inspect
 
 import torch
 
-from keras.src import callbacks as callbacks_module
 from keras.src import losses
 from keras.src import tree
 from keras.src.backend.torch import trainer as upstream
@@ -20,6 +19,7 @@ from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution import together
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import known
@@ -71,6 +71,7 @@ class TorchTrainer(upstream.TorchTrainer):
         method = getattr(super(), name)
         if current() is None:
             return method(*args, **kwargs)
+        together.go_on()
         for step in (
             self.train_function,
             self.test_function,
@@ -83,11 +84,7 @@ class TorchTrainer(upstream.TorchTrainer):
         arguments.update(arguments.pop("kwargs", {}))
         if process_group.process_id():
             arguments["verbose"] = 0
-        has_callbacks = _check_call(self, name, arguments)
-        if name == "fit" and has_callbacks:
-            arguments["callbacks"] = _agreeing_callbacks(
-                arguments.get("callbacks"), self
-            )
+        _check_call(self, name, arguments)
         return method(**arguments)
 
     def _takes_sharded_outputs(self):
@@ -338,55 +335,16 @@ class PredictStep(Step):
         return borders.leave(outputs, gathers=context.auto_shard)
 
 
-class AgreeOnStopping(callbacks_module.Callback):
-    """Stops all processes as soon as a callback of one of them wants to.
-
-    Collective: every process has it, after its own callbacks.
-    """
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._agree()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._agree()
-
-    def _agree(self):
-        self.model.stop_training = agreement.any_process(
-            self.model.stop_training
-        )
-
-
 def _check_call(model, name, arguments):
     """Raises on all processes if they call a method in different ways.
 
     Collective: every process calls it.
-
-    Returns:
-        Whether any of them has callbacks.
     """
     facts = configuration.facts_of_arguments(name, arguments)
     if name == "fit" and model.built:
         facts.update(configuration.facts_of_model(model))
     ballot = agreement.Ballot(facts)
-    callbacks = arguments.get("callbacks")
-    if isinstance(callbacks, callbacks_module.CallbackList):
-        callbacks = callbacks.callbacks
-    has_callbacks, *sums = agreement.add_up([bool(callbacks), *ballot.numbers])
-    ballot.check(sums, f"in `{name}`")
-    return bool(has_callbacks)
-
-
-def _agreeing_callbacks(callbacks, model):
-    """Callbacks that all processes stop by."""
-    if isinstance(callbacks, callbacks_module.CallbackList):
-        own = callbacks.callbacks
-        if not any(isinstance(c, AgreeOnStopping) for c in own):
-            own.append(AgreeOnStopping())
-            own[-1].set_model(model)
-            # What communicates must not run in a thread of the list.
-            callbacks._configure_async_dispatch(own)
-        return callbacks
-    return [*tree.flatten(callbacks or []), AgreeOnStopping()]
+    ballot.check(agreement.add_up(ballot.numbers), f"in `{name}`")
 
 
 class TorchEpochIterator(upstream.TorchEpochIterator):

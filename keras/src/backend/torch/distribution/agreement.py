@@ -82,14 +82,6 @@ def digest(facts):
     return code & (1 << DIGEST_BITS) - 1
 
 
-def any_process(flag):
-    """Whether the flag is set on any process.
-
-    Collective: every process calls it.
-    """
-    return bool(add_up([float(flag)])[0])
-
-
 def add_up(flags):
     """Sums over processes of some numbers of the host, in float64.
 

@@ -31,7 +31,6 @@ def by_one_device(export):
             files.on_all(
                 lambda: is_first and export(model, filepath, *args, **kwargs),
                 filepath,
-                errors=Exception,
             )
         return filepath
 

@@ -4,17 +4,49 @@ Stands in for Keras's `file_utils` in the callbacks that write files; what is
 not here is Keras's own.
 """
 
+import contextlib
 import os
+import threading
 
-from keras.src.backend.torch.distribution import logs
 from keras.src.backend.torch.distribution import process_group
+from keras.src.backend.torch.distribution import together
 from keras.src.backend.torch.distribution.context import current
 from keras.src.utils import file_utils
 
 
+class _State(threading.local):
+    is_saving = False
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def save(path):
+    """Within it a whole model is saved: as one piece of work.
+
+    Collective under a distribution: every process enters it.
+
+    Args:
+        path: what is written, for errors.
+    """
+    before = _state.is_saving
+    _state.is_saving = True
+    try:
+        with together.work(f"saving to {path}"):
+            yield
+    finally:
+        _state.is_saving = before
+
+
+def is_saving():
+    """Whether a whole model is being saved."""
+    return _state.is_saving
+
+
 def File(path, mode="r"):
     """As Keras's; what other processes than the first write goes nowhere."""
-    if set(mode) & set("wa+") and _is_other():
+    if set(mode) & set("wa+") and is_other():
         path = os.devnull
     return file_utils.File(path, mode)
 
@@ -26,7 +58,7 @@ def exists(path):
     """
     if current() is None:
         return file_utils.exists(path)
-    return logs.any_process(not _is_other() and file_utils.exists(path))
+    return together.any_process(not is_other() and file_utils.exists(path))
 
 
 def makedirs(path):
@@ -45,25 +77,21 @@ def rmtree(path):
     _on_first(file_utils.rmtree, path)
 
 
-def on_all(function, path, *args, errors=OSError, **kwargs):
+def on_all(function, path, *args, **kwargs):
     """Calls a function; raises on all processes if one of them fails.
 
     Collective under a distribution: every process calls it.
 
     Args:
-        path: what is written, for the error of the other processes.
-        errors: the class of what may go wrong.
+        path: what is written, for errors.
     """
-    error = result = None
-    try:
-        result = function(*args, **kwargs)
-    except errors as e:
-        error = e
-    if logs.any_process(error is not None):
-        raise error or OSError(
-            f"Another process could not write {path}; its own error says why."
-        )
-    return result
+    with together.work(f"writing {path}"):
+        return function(*args, **kwargs)
+
+
+def is_other():
+    """Whether another process is the one that writes."""
+    return current() is not None and not process_group.is_first()
 
 
 def _on_first(function, *paths):
@@ -71,11 +99,7 @@ def _on_first(function, *paths):
     if current() is None:
         function(*paths)
     else:
-        on_all(lambda: _is_other() or function(*paths), paths[-1])
-
-
-def _is_other():
-    return current() is not None and not process_group.is_first()
+        on_all(lambda: is_other() or function(*paths), paths[-1])
 
 
 def __getattr__(name):

@@ -17,7 +17,6 @@ from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution.agreement import add_up
-from keras.src.backend.torch.distribution.agreement import any_process  # noqa: F401
 from keras.src.backend.torch.distribution.global_rows import carrier
 
 

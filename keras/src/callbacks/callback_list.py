@@ -1,0 +1,104 @@
+"""Overlay: what one process's callbacks raise or stop, they do on all."""
+
+import functools
+
+import torch
+import torch.distributed as dist
+
+from keras.src import utils
+from keras.src.api_export import keras_export
+from keras.src.backend.torch.distribution import together
+from keras.src.backend.torch.distribution.context import current
+from keras.src.callbacks import callback_list as upstream
+from keras.src.callbacks.history import History
+from keras.src.callbacks.progbar_logger import ProgbarLogger
+
+__all__ = ["CallbackList"]
+
+BEGINS = ("on_train_begin", "on_test_begin", "on_predict_begin")
+SELDOM = (
+    "on_epoch_begin",
+    "on_epoch_end",
+    "on_train_end",
+    "on_test_end",
+    "on_predict_end",
+)
+# What is called for each batch, and what it calls unless it is overridden.
+OFTEN = {
+    "on_train_batch_begin": "on_batch_begin",
+    "on_train_batch_end": "on_batch_end",
+    "on_test_batch_begin": None,
+    "on_test_batch_end": None,
+    "on_predict_batch_begin": None,
+    "on_predict_batch_end": None,
+}
+
+
+@keras_export("keras.callbacks.CallbackList")
+class CallbackList(upstream.CallbackList):
+    __doc__ = upstream.CallbackList.__doc__
+
+    # In which methods all processes learn of what one of them wants.
+    _agreed = frozenset()
+
+    # Under a distribution collective if any process has a callback: every
+    # process calls its list's methods, though callbacks may differ.
+
+    def _agree_on_methods(self):
+        """Finds out in which methods any process has something to do.
+
+        Collective: every process calls it.
+        """
+        own = [
+            callback
+            for callback in self.callbacks
+            if type(callback) not in (History, ProgbarLogger)
+        ]
+        used = [
+            any(_overrides(c, name, inner) for c in own)
+            for name, inner in OFTEN.items()
+        ]
+        state = torch.tensor([float(x) for x in (bool(own), *used)])
+        together.go_on()
+        dist.all_reduce(state, dist.ReduceOp.MAX)
+        has_any, *used = state.tolist()
+        self._agreed = frozenset()
+        if has_any:
+            # A callback of another thread may stop at the end of any batch.
+            self._agreed = {*BEGINS, *SELDOM, "on_train_batch_end"}
+            self._agreed.update(n for n, is_used in zip(OFTEN, used) if is_used)
+            # What communicates must not run in a thread of the list.
+            self._async_train = self._async_test = self._async_predict = False
+
+
+def _overrides(callback, name, inner):
+    return any(
+        not utils.is_default(getattr(callback, each))
+        for each in (name, inner)
+        if each is not None
+    )
+
+
+def _agreeing(name):
+    """A method of the list in which all processes fail and stop together."""
+    released = getattr(upstream.CallbackList, name)
+
+    @functools.wraps(released)
+    def method(self, *args, **kwargs):
+        if current() is None:
+            return released(self, *args, **kwargs)
+        if name in BEGINS and not self._in_begin_end_block_count:
+            self._agree_on_methods()
+        if name not in self._agreed:
+            return released(self, *args, **kwargs)
+        with together.work(f"`{name}` of the callbacks") as work:
+            released(self, *args, **kwargs)
+            work.flag = bool(getattr(self.model, "stop_training", False))
+        if work.flag:
+            self.model.stop_training = True
+
+    return method
+
+
+for _name in (*BEGINS, *SELDOM, *OFTEN):
+    setattr(CallbackList, _name, _agreeing(_name))

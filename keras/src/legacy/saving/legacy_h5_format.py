@@ -1,0 +1,28 @@
+"""Overlay: process 0 alone writes a file, after all have gathered it."""
+
+import os
+
+from keras.src.backend.torch.distribution import hdf5
+from keras.src.backend.torch.distribution import saving
+from keras.src.backend.torch.distribution.context import current
+from keras.src.legacy.saving import legacy_h5_format as upstream
+
+__all__ = ["save_model_to_hdf5"]
+
+released_save = upstream.save_model_to_hdf5
+
+
+def save_model_to_hdf5(model, filepath, overwrite=True, include_optimizer=True):
+    _save_once(model, filepath, overwrite, include_optimizer)
+
+
+def _save(model, file, overwrite, include_optimizer):
+    if current() is None or not isinstance(file, (str, os.PathLike)):
+        # The caller may have opened it.
+        released_save(model, file, overwrite, include_optimizer)
+        return
+    with hdf5.written(file) as opened:
+        released_save(model, opened, overwrite, include_optimizer)
+
+
+_save_once = saving.written_once(_save, makes_folders=True)
