@@ -2,8 +2,11 @@
 
 import atexit
 import logging
+import multiprocessing
 import os
 import random
+import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,20 @@ from keras.src.backend.torch import core
 logger = logging.getLogger("keras.distribution")
 
 DEFAULT_PORT = 29500
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What launchers that describe no world to join call the number of processes.
+OTHER_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+}
+# Tells the processes that this one starts that it has joined, and as what.
+JOINED = "KERAS_TORCH_DISTRIBUTION_JOINED"
+ENVIRONMENT = {"init_method": "env://"}
+# In torchrun's store: that it was used, by an attempt that failed.
+USED = "keras_torch_distribution/used"
+
+_said = set()
 
 
 def is_running():
@@ -27,10 +44,7 @@ def is_first():
 
 def is_launched():
     """Whether a launcher such as `torchrun` describes a world to join."""
-    return all(
-        name in os.environ
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    )
+    return all(name in os.environ for name in LAUNCH)
 
 
 def ensure_running():
@@ -47,9 +61,15 @@ def num_processes():
 
     Collective under a launcher, on its first call: every process calls it.
     """
-    if not is_running() and is_launched():
-        start()
-    return dist.get_world_size() if is_running() else 1
+    if is_running():
+        return dist.get_world_size()
+    if not is_launched():
+        _check_alone()
+        return 1
+    if _is_worker():
+        return int(os.environ["WORLD_SIZE"])
+    start()
+    return dist.get_world_size()
 
 
 def process_id():
@@ -57,9 +77,15 @@ def process_id():
 
     Collective under a launcher, on its first call: every process calls it.
     """
-    if not is_running() and is_launched():
-        start()
-    return dist.get_rank() if is_running() else 0
+    if is_running():
+        return dist.get_rank()
+    if not is_launched():
+        _check_alone()
+        return 0
+    if _is_worker():
+        return int(os.environ["RANK"])
+    start()
+    return dist.get_rank()
 
 
 def start(job_addresses=None, num_processes=None, process_id=None):
@@ -79,8 +105,12 @@ def start(job_addresses=None, num_processes=None, process_id=None):
 
     Raises:
         ValueError: if the arguments contradict each other, or contradict the
-            group that is already running.
+            group that is already running, or if a launcher's variables are
+            not complete.
+        RuntimeError: in a process that one of the job's has started, such as
+            a worker of a `DataLoader`.
     """
+    _check_not_worker()
     address, num_processes = _resolve_addresses(job_addresses, num_processes)
     if is_running():
         _check_same_world(num_processes, process_id)
@@ -90,6 +120,8 @@ def start(job_addresses=None, num_processes=None, process_id=None):
         and process_id in (None, 0)
         and not is_launched()
     ):
+        if num_processes is None:
+            _check_alone()
         _join(1, 0, store=dist.HashStore())
     else:
         world = _setting("num_processes", num_processes, "WORLD_SIZE")
@@ -218,10 +250,38 @@ def _join(world, rank, **rendezvous):
                 "is slower than NCCL: %s.",
                 lacks,
             )
+    store = _store_of_torchrun() if rendezvous == ENVIRONMENT else None
+    if store is not None:
+        rendezvous = {"store": store}
     dist.init_process_group(
         backend, world_size=world, rank=rank, **rendezvous, **options
     )
+    if store is not None and rank == 0:
+        # All have looked for it by now.
+        store.underlying_store.set(USED, "yes")
+    if world > 1:
+        os.environ[JOINED] = _name_in_job()
     atexit.register(_leave, dist.group.WORLD)
+
+
+def _store_of_torchrun():
+    """A store for this attempt, None without torchrun.
+
+    With `--max-restarts` and addresses that are given (not a rendezvous of
+    torchrun's own) attempts share one store, and in it the addresses of
+    processes that are no more.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return None
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+    )
+    attempt = "0"
+    if store.check([USED]):
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"keras_torch_distribution/{attempt}", store)
 
 
 def _what_nccl_lacks():
@@ -238,8 +298,82 @@ def _what_nccl_lacks():
 
 
 def _leave(group):
-    if is_running() and dist.group.WORLD is group:
+    """Leaves the group as the interpreter ends.
+
+    After an exception the others may wait for this process, and what it has
+    begun is never met: it waits for nothing, and lets them hear of it.
+    """
+    os.environ.pop(JOINED, None)
+    if not is_running() or dist.group.WORLD is not group:
+        return
+    failed = getattr(sys, "last_value", None) is not None
+    if failed and "nccl" in dist.get_backend_config(group):
+        # No public way in torch 2.13 to end all groups at once; NCCL ends
+        # them one after the other only where all processes do.
+        from torch.distributed.distributed_c10d import _abort_process_group
+
+        _abort_process_group()
+    else:
         dist.destroy_process_group()
+
+
+def _name_in_job():
+    return f"{os.getpid()} {' '.join(os.environ.get(n, '') for n in LAUNCH)}"
+
+
+def _is_worker():
+    """Whether a process of the job has started this one, to help it."""
+    if torch.utils.data.get_worker_info() is not None:
+        return True
+    # As what an ancestor has joined. Another job has other variables.
+    joined, mine = os.environ.get(JOINED), _name_in_job()
+    if joined is None or joined == mine:
+        return False
+    if not is_launched() and multiprocessing.parent_process() is None:
+        return False
+    return joined.partition(" ")[2] == mine.partition(" ")[2]
+
+
+def _check_not_worker():
+    if _is_worker():
+        raise RuntimeError(
+            "The processes of a job cannot be joined by a worker that one of "
+            "them has started, such as a `DataLoader`'s: it would wait for "
+            "the others for ever. Call `keras.distribution.initialize` and "
+            "`set_distribution` in the main process only, below `if __name__ "
+            '== "__main__":` where workers import the script again. Received: '
+            f"a call in process {os.getpid()}, a worker of process "
+            f"{os.environ.get('RANK', '0')} of the job."
+        )
+
+
+def _check_alone():
+    """Says where this process would train alone, and others beside it.
+
+    Raises:
+        ValueError: if a launcher's variables are not complete.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.strip() not in ("", "0", "1"):
+        missing = [name for name in LAUNCH if name not in os.environ]
+        raise ValueError(
+            f"WORLD_SIZE={world} says that there are several processes, but "
+            "not how they find each other: the environment variables "
+            f"{missing} are not set. Set them, start the script with "
+            "`torchrun`, or unset WORLD_SIZE to run one process alone."
+        )
+    for name, launcher in OTHER_LAUNCHERS.items():
+        world = os.environ.get(name, "1")
+        if world != "1" and name not in _said:
+            _said.add(name)
+            warnings.warn(
+                f"{launcher} has started {world} processes ({name}), and each "
+                f"trains alone: the environment variables {list(LAUNCH)} that "
+                "tell how they find each other are not set. Set them from "
+                f"what {launcher} says, or start `torchrun` with it, once a "
+                "host.",
+                stacklevel=3,
+            )
 
 
 def _check_same_world(num_processes, process_id):

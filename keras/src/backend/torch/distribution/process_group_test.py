@@ -1,4 +1,7 @@
 import random
+import sys
+import types
+import warnings
 
 import pytest
 import torch
@@ -215,3 +218,89 @@ def test_backend_on_gpus(no_world, monkeypatch, caplog, has_nccl, gpus, lacks):
         assert [lacks in record.getMessage() for record in caplog.records] == [
             True
         ]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        process_group.start,
+        process_group.num_processes,
+        process_group.process_id,
+        process_group.ensure_running,
+    ],
+)
+def test_launcher_that_tells_half(no_world, monkeypatch, call):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        ValueError, match=r"WORLD_SIZE=2.*\['MASTER_ADDR', 'MASTER_PORT'\]"
+    ):
+        call()
+    assert not process_group.is_running()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    call()
+
+
+def test_launcher_that_tells_nothing(no_world, monkeypatch):
+    monkeypatch.setattr(process_group, "_said", set())
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.warns(UserWarning, match="mpirun has started 4 processes"):
+        process_group.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        process_group.num_processes()
+
+
+def launch(monkeypatch):
+    for name, value in zip(process_group.LAUNCH, ("1", "2", "host", "80")):
+        monkeypatch.setenv(name, value)
+
+
+def test_worker_of_a_loader(no_world, monkeypatch):
+    launch(monkeypatch)
+    monkeypatch.setattr(
+        torch.utils.data, "get_worker_info", lambda: types.SimpleNamespace()
+    )
+    for call in (process_group.start, process_group.ensure_running):
+        with pytest.raises(RuntimeError, match="`DataLoader`'s.*__main__"):
+            call()
+    # What needs no others is told.
+    assert process_group.num_processes() == 2
+    assert process_group.process_id() == 1
+
+
+def test_process_that_a_joined_one_has_started(no_world, monkeypatch):
+    launch(monkeypatch)
+    name = process_group._name_in_job()
+    monkeypatch.setenv(process_group.JOINED, name)
+    assert not process_group._is_worker()
+    monkeypatch.setenv(process_group.JOINED, f"0 {name.partition(' ')[2]}")
+    with pytest.raises(RuntimeError, match="a worker of process 1"):
+        process_group.start()
+    # One that is started as a process of another job.
+    monkeypatch.setenv("MASTER_PORT", "81")
+    assert not process_group._is_worker()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo,cuda:nccl"])
+def test_leaving(fake_world, monkeypatch, failed, backend):
+    fake_world(2)
+    calls = []
+    monkeypatch.setattr(
+        dist, "destroy_process_group", lambda: calls.append("destroyed")
+    )
+    monkeypatch.setattr(
+        dist.distributed_c10d,
+        "_abort_process_group",
+        lambda: calls.append("aborted"),
+    )
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: backend)
+    monkeypatch.setattr(
+        sys, "last_value", ValueError() if failed else None, raising=False
+    )
+    process_group._leave(dist.group.WORLD)
+    waits_for_nobody = failed and "nccl" in backend
+    assert calls == ["aborted" if waits_for_nobody else "destroyed"]
+    monkeypatch.undo()
