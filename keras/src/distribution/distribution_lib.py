@@ -12,7 +12,9 @@ from keras.src.distribution import distribution_lib as upstream
 
 __all__ = [
     "DataParallel",
+    "DeviceMesh",
     "Distribution",
+    "LayoutMap",
     "ModelParallel",
     "TensorLayout",
     "distribution_lib",
@@ -22,6 +24,84 @@ __all__ = [
 REPLICATION = "torch_implicit_replication"
 
 released_set_distribution = upstream.set_distribution
+
+
+class DeviceMesh(upstream.DeviceMesh):
+    __doc__ = upstream.DeviceMesh.__doc__
+
+    def __init__(self, shape, axis_names, devices=None):
+        if axis_names and len(set(axis_names)) < len(axis_names):
+            raise ValueError(
+                "Each axis of a mesh needs a name of its own. Received: "
+                f"axis_names={axis_names}, shape={shape}"
+            )
+        super().__init__(shape, axis_names, devices)
+
+
+class LayoutMap(upstream.LayoutMap):
+    __doc__ = upstream.LayoutMap.__doc__
+
+    def __init__(self, device_mesh):
+        super().__init__(device_mesh)
+        # Keys by the paths that were asked for, and those that were warned of.
+        self._keys, self._warned = {}, set()
+
+    def __setitem__(self, key, layout):
+        if not isinstance(key, str):
+            raise TypeError(
+                "A key of a layout map is a string, the regular expression of "
+                f"a path. Received: key={key!r} of type "
+                f"{type(key).__name__}, layout={layout}"
+            )
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(
+                "A key of a layout map is a regular expression, and this is "
+                f"none: {error}. Received: key={key!r}, layout={layout}"
+            ) from error
+        super().__setitem__(key, layout)
+        self._keys.clear()
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        self._keys.clear()
+
+    def key_of(self, path):
+        """The key that a path matches, None if there is none.
+
+        Raises:
+            ValueError: if there are several.
+        """
+        if path not in self._keys:
+            key = None
+            if self[path] is not None:
+                keys = [key for key in self if re.fullmatch(key, path)]
+                key = path if path in self._layout_map else keys[0]
+            self._keys[path] = key
+        return self._keys[path]
+
+    def use(self, path):
+        """The layout of a path, None if it matches no key."""
+        key = self.key_of(path)
+        return None if key is None else self[key]
+
+    def without_use(self, outputs):
+        """Keys that no path has matched so far, each only the first time.
+
+        Args:
+            outputs: bool, whether keys of outputs, or all others.
+        """
+        used = set(self._keys.values())
+        keys = [
+            key
+            for key in self
+            if key.endswith("/output") == outputs
+            and key not in used
+            and key not in self._warned
+        ]
+        self._warned.update(keys)
+        return keys
 
 
 class TensorLayout(upstream.TensorLayout):
@@ -143,19 +223,50 @@ class ModelParallel(Distribution, upstream.ModelParallel):
             context = getattr(self, context_lib.ATTRIBUTE)
             distribution_lib.parallelize_torch_module(layer, context.mesh, plan)
 
+    def get_variable_layout(self, variable):
+        layout = self._layout_map.use(variable.path)
+        if layout is None or getattr(variable, "_layout", None) is not None:
+            return super().get_variable_layout(variable)
+        # An empty one says that the variable is whole.
+        if len(layout.axes) not in (0, len(variable.shape)):
+            raise ValueError(
+                "A layout has an entry for each dim of its variable, an axis "
+                "of the mesh or None. Received: "
+                f"key='{self._layout_map.key_of(variable.path)}', "
+                f"layout={tuple(layout.axes)}, path='{variable.path}', "
+                f"shape={tuple(variable.shape)}: {len(layout.axes)} entries "
+                f"for {len(variable.shape)} dims"
+            )
+        return layout
+
+    def get_tensor_layout(self, path):
+        return self._layout_map.use(path)
+
     def warn_of_unmatched_keys(self, paths):
-        """Says which keys of the layout map match none of the paths."""
-        for key in self._layout_map:
-            if key.endswith("/output") or any(
-                re.fullmatch(key, path) for path in paths
-            ):
-                continue
+        """Says which keys of the layout map have matched no variable.
+
+        Args:
+            paths: list, of the model that is about to be trained.
+        """
+        for path in paths:
+            self._layout_map.use(path)
+        for key in self._layout_map.without_use(outputs=False):
             hint = ""
             if any(re.search(key, path) for path in paths):
                 hint = f" A key must match a whole path: '.*{key}.*' would."
             warnings.warn(
                 f"The key '{key}' of the layout map matches no variable of "
                 f"the model.{hint} The first paths are: {list(paths)[:5]}",
+                stacklevel=3,
+            )
+
+    def warn_of_unmatched_outputs(self):
+        """Says which keys of outputs have matched no layer that was called."""
+        for key in self._layout_map.without_use(outputs=True):
+            warnings.warn(
+                f"The key '{key}' of the layout map has no effect: no layer "
+                "that was called has such an output. It must match a layer's "
+                "whole path and '/output', as '.*head/output' does.",
                 stacklevel=3,
             )
 

@@ -113,6 +113,39 @@ def test_layout_map():
     assert layout_map["a/kernel"].axes == (None, "model")
 
 
+def test_axis_names_of_a_mesh_differ():
+    with pytest.raises(ValueError, match=r"axis_names=\['a', 'a'\]"):
+        DeviceMesh((2, 2), ["a", "a"], DEVICES)
+
+
+def test_keys_of_a_layout_map():
+    layout_map = LayoutMap(mesh_2d())
+    with pytest.raises(ValueError, match=r"key='\*kernel'.*'model'"):
+        layout_map["*kernel"] = (None, "model")
+    with pytest.raises(TypeError, match="key=3 of type int"):
+        layout_map[3] = (None, "model")
+    assert len(layout_map) == 0
+
+
+def test_which_key_a_path_matches():
+    layout_map = LayoutMap(mesh_2d())
+    layout = TensorLayout((None, "model"))
+    layout_map[".*a/kernel"] = layout
+    layout_map[".*b/kernel"] = layout
+    layout_map["a+"] = ("model",)
+    assert layout_map.key_of("x/b/kernel") == ".*b/kernel"
+    assert layout_map.key_of("c") is None
+    assert layout_map.key_of("a+") == "a+"
+    assert layout_map.use("c") is None
+    assert layout_map.without_use(outputs=False) == [".*a/kernel"]
+    # Each is told once.
+    assert layout_map.without_use(outputs=False) == []
+    layout_map["c"] = ("batch",)
+    assert layout_map.use("c").axes == ("batch",)
+    del layout_map["c"]
+    assert layout_map.use("c") is None
+
+
 def test_data_parallel(fake_world):
     fake_world(4, rank=2)
     mesh = DeviceMesh((4,), ["rows"], DEVICES)

@@ -189,7 +189,7 @@ def style_class(layer):
 def _layout(layout_map, path):
     if isinstance(layout_map, dict):
         return layout_map.get(path)
-    return layout_map[path]
+    return layout_map.use(path)
 
 
 class TorchModuleStyle(styles.ShardedStyle):

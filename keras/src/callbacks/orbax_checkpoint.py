@@ -1,0 +1,31 @@
+"""Overlay: Orbax knows JAX's processes alone, and says so."""
+
+from keras.src.api_export import keras_export
+from keras.src.backend.torch.distribution.context import current
+from keras.src.callbacks import orbax_checkpoint as upstream
+
+__all__ = ["OrbaxCheckpoint"]
+
+
+@keras_export("keras.callbacks.OrbaxCheckpoint")
+class OrbaxCheckpoint(upstream.OrbaxCheckpoint):
+    __doc__ = upstream.OrbaxCheckpoint.__doc__
+
+    def __init__(self, directory, *args, **kwargs):
+        _check_alone(directory)
+        super().__init__(directory, *args, **kwargs)
+
+    def set_model(self, model):
+        _check_alone(self.directory)
+        super().set_model(model)
+
+
+def _check_alone(directory):
+    # Every process would write the same folder as if it were alone.
+    if current() is not None:
+        raise NotImplementedError(
+            "`OrbaxCheckpoint` does not work with several processes on the "
+            "torch backend. Use `keras.callbacks.ModelCheckpoint` to save the "
+            "model, or `keras.callbacks.BackupAndRestore` to go on after an "
+            f"interruption. Received: directory={directory}"
+        )
