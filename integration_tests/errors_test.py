@@ -99,7 +99,11 @@ def test_layout_with_too_many_dims():
     layouts = {".*bias": (None, "model")}
     with parity.model_parallel((1, 2), layouts).scope():
         assert_all_say(
-            make_model, "dense0/bias", "2 > 1", "(None, 'model')", "shape=(6,)"
+            make_model,
+            "dense0/bias",
+            "2 entries for 1 dims",
+            "(None, 'model')",
+            "shape=(6,)",
         )
 
 
@@ -255,6 +259,61 @@ def test_key_that_matches_nothing(key, hint):
     assert f"'{key}'" in first[0]
     assert "model/dense0/kernel" in first[0]
     assert (f"'.*{key}.*' would" in first[0]) == hint
+
+
+@pytest.mark.parametrize("layout", [("model",), (None, None, "model")])
+def test_layout_of_another_number_of_dims(layout):
+    with parity.model_parallel((1, 2), {".*dense1/kernel": layout}).scope():
+        assert_all_say(
+            make_model,
+            "'.*dense1/kernel'",
+            str(layout),
+            "path='model/dense1/kernel'",
+            "shape=(6, 4)",
+        )
+
+
+def test_key_of_another_model_is_no_fault():
+    # Models that are trained in turns have one layout map.
+    layouts = {f".*dense{i}/kernel": (None, "model") for i in range(4)}
+    with parity.model_parallel((1, 2), layouts).scope():
+        models = make_model((6, 4)), make_model((6, 4, 6, 4))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for model in models:
+                x, y = np.ones((5, 8), "float32"), np.ones((5, 4), "float32")
+                model.fit(x, y, verbose=0)
+    assert not [w for w in caught if "layout map" in str(w.message)]
+
+
+@pytest.mark.parametrize("key", ["dense0/output", ".*dense9/output"])
+def test_output_key_without_effect(key):
+    layouts = {
+        key: ("batch", "model"),
+        ".*/dense1/output": (None, "model"),
+    }
+    with parity.model_parallel((1, 2), layouts).scope():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                fit(make_model())
+    messages = [
+        str(w.message) for w in caught if "has no effect" in str(w.message)
+    ]
+    # Once, from process 0.
+    first, second = everyone.gather(messages)
+    assert len(first) == 1 and second == []
+    assert f"'{key}'" in first[0]
+
+
+def test_orbax_checkpoint():
+    with keras.distribution.DataParallel().scope():
+        assert_all_say(
+            lambda: keras.callbacks.OrbaxCheckpoint("some/folder"),
+            "ModelCheckpoint",
+            "BackupAndRestore",
+            "some/folder",
+        )
 
 
 def test_error_of_a_layer_is_its_own():

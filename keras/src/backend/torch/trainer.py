@@ -20,7 +20,9 @@ from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import together
+from keras.src.backend.torch.distribution.context import MADE_UNDER
 from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.context import own_distribution
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import known
 
@@ -30,6 +32,11 @@ released_compute_loss = upstream.TorchTrainer._compute_loss
 
 
 class TorchTrainer(upstream.TorchTrainer):
+    def __init__(self):
+        super().__init__()
+        # Not by `setattr`: a model is no module of torch's yet.
+        self.__dict__[MADE_UNDER] = current()
+
     def make_train_function(self, force=False):
         if self.train_function is None or force:
             super().make_train_function(force)
@@ -55,6 +62,18 @@ class TorchTrainer(upstream.TorchTrainer):
     def predict(self, *args, **kwargs):
         return self._run("predict", args, kwargs)
 
+    def train_on_batch(self, *args, **kwargs):
+        with own_distribution(self):
+            return super().train_on_batch(*args, **kwargs)
+
+    def test_on_batch(self, *args, **kwargs):
+        with own_distribution(self):
+            return super().test_on_batch(*args, **kwargs)
+
+    def predict_on_batch(self, *args, **kwargs):
+        with own_distribution(self):
+            return super().predict_on_batch(*args, **kwargs)
+
     def _symbolic_build(self, iterator=None, data_batch=None):
         context = current()
         if context is not None and context.data_size > 1:
@@ -68,9 +87,15 @@ class TorchTrainer(upstream.TorchTrainer):
 
         Collective under a distribution: every process calls it.
         """
+        with own_distribution(self):
+            if current() is None:
+                return getattr(super(), name)(*args, **kwargs)
+            result = self._run_distributed(name, args, kwargs)
+            _warn_of_unmatched_outputs()
+            return result
+
+    def _run_distributed(self, name, args, kwargs):
         method = getattr(super(), name)
-        if current() is None:
-            return method(*args, **kwargs)
         together.go_on()
         for step in (
             self.train_function,
@@ -122,11 +147,26 @@ class TorchTrainer(upstream.TorchTrainer):
         return super()._aggregate_additional_loss(activations.whole(loss))
 
 
-for _name in ("fit", "evaluate", "predict"):
+for _name in (
+    "fit",
+    "evaluate",
+    "predict",
+    "train_on_batch",
+    "test_on_batch",
+    "predict_on_batch",
+):
     _released = getattr(upstream.TorchTrainer, _name)
     _ours = getattr(TorchTrainer, _name)
     _ours.__doc__ = _released.__doc__
     _ours.__signature__ = inspect.signature(_released)
+
+
+def _warn_of_unmatched_outputs():
+    warn = getattr(
+        current().distribution, "warn_of_unmatched_outputs", lambda: None
+    )
+    if process_group.is_first():
+        warn()
 
 
 class Step:

@@ -1,7 +1,9 @@
 """What the current distribution means for this process."""
 
+import contextlib
 import functools
 import logging
+import threading
 import weakref
 
 import torch
@@ -11,11 +13,13 @@ from torch.distributed.tensor import Replicate
 from keras.src.backend.common import global_state
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import mesh as mesh_lib
+from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution.gradients import Reducer
 
 logger = logging.getLogger("keras.distribution")
 
 ATTRIBUTE = "_torch_context"
+MADE_UNDER = "_torch_made_under"
 
 
 class _Set:
@@ -59,6 +63,28 @@ def _is_in_backward():
     """Whether autograd runs a backward pass in this thread."""
     # No public name in torch 2.13; torch's checkpointing asks it too.
     return torch._C._current_graph_task_id() != -1
+
+
+def own_distribution(model):
+    """A scope of the distribution that a model was built under.
+
+    It does nothing where a distribution is set, without several processes, and
+    outside of the main thread: another thread may be of one process alone.
+    """
+    if (
+        global_state.get_global_attribute("distribution") is not None
+        or not process_group.is_running()
+        or dist.get_world_size() == 1
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        return contextlib.nullcontext()
+    contexts = [getattr(v, "_context", None) for v in model.variables]
+    contexts = [c for c in contexts if c is not None]
+    # Where it has no variables yet.
+    contexts.append(model.__dict__.get(MADE_UNDER))
+    if contexts[0] is None:
+        return contextlib.nullcontext()
+    return contexts[0].distribution.scope()
 
 
 class Context:

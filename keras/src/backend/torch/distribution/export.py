@@ -10,6 +10,7 @@ from keras.src.backend.torch.distribution import files
 from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.context import own_distribution
 from keras.src.distribution import distribution_lib
 
 
@@ -24,15 +25,18 @@ def by_one_device(export):
 
     @functools.wraps(export)
     def export_once(model, filepath, *args, **kwargs):
-        if current() is None:
-            return export(model, filepath, *args, **kwargs)
-        is_first = process_group.is_first()
-        with _whole_weights(model, is_first):
-            files.on_all(
-                lambda: is_first and export(model, filepath, *args, **kwargs),
-                filepath,
-            )
-        return filepath
+        with own_distribution(model):
+            if current() is None:
+                return export(model, filepath, *args, **kwargs)
+            is_first = process_group.is_first()
+            with _whole_weights(model, is_first):
+                files.on_all(
+                    lambda: (
+                        is_first and export(model, filepath, *args, **kwargs)
+                    ),
+                    filepath,
+                )
+            return filepath
 
     return export_once
 

@@ -11,6 +11,7 @@ import tempfile
 
 from keras.src.backend.torch.distribution import files
 from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.context import own_distribution
 from keras.src.utils import file_utils
 
 # The folders that this process writes in now.
@@ -34,8 +35,12 @@ def written_once(save, makes_folders=False):
 
     @functools.wraps(save)
     def save_once(model, filepath, *args, **kwargs):
-        if current() is None:
-            return save(model, filepath, *args, **kwargs)
+        with own_distribution(model):
+            if current() is None:
+                return save(model, filepath, *args, **kwargs)
+            return save_together(model, filepath, *args, **kwargs)
+
+    def save_together(model, filepath, *args, **kwargs):
         with files.save(filepath):
             if not isinstance(filepath, (str, os.PathLike)):
                 # A file that the caller has opened.
