@@ -206,7 +206,10 @@ def test_gradients_are_reduced_in_updates_alone(world_size, communicated):
 def test_variables_that_the_data_axis_cuts_are_reduced_in_each_step(
     world_size, communicated
 ):
-    layouts = {".*/(kernel|bias|gamma|beta)": ("batch",)}
+    layouts = {
+        ".*/kernel": ("batch", None),
+        ".*/(bias|gamma|beta)": ("batch",),
+    }
     with parity.model_parallel((world_size, 1), layouts).scope():
         model = make_model(
             optimizers.SGD(0.1, gradient_accumulation_steps=STEPS)

@@ -24,7 +24,7 @@ class OfShape(layers.Layer):
     def build(self, input_shape):
         self.rows = self.add_weight((input_shape[0], 1), "ones", name="rows")
         self.state = self.add_weight(
-            input_shape, "zeros", trainable=False, name="state"
+            input_shape, "zeros", trainable=False, name="kept"
         )
 
     def call(self, x):

@@ -9,10 +9,12 @@ TENSOR_PARALLEL = {
     ".*out/kernel": ("model", None),
     ".*inner/kernel": (None, "model"),
     ".*(scale|state)": ("model",),
+    ".*kept": ("model", None),
 }
 FULLY_SHARDED = {
     ".*(up|out|inner)/kernel": ("batch", None),
     ".*(bias|scale|state)": ("batch",),
+    ".*kept": ("batch", None),
 }
 BOTH = {
     ".*up/kernel": ("batch", "model"),
@@ -21,6 +23,7 @@ BOTH = {
     ".*out/bias": ("batch",),
     ".*inner/kernel": ("model", "batch"),
     ".*(scale|state)": ("model",),
+    ".*kept": ("model", None),
 }
 # By the number of processes.
 DISTRIBUTIONS = {
