@@ -277,6 +277,7 @@ def _store_of_torchrun():
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
+        timeout=dist.default_pg_timeout,
     )
     attempt = "0"
     if store.check([USED]):
