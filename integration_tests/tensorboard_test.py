@@ -168,7 +168,13 @@ def test_as_on_one_device(rank, tmp_path, recorder):
     for name, distribution in {
         "data": keras.distribution.DataParallel(),
         "model": parity.model_parallel((1, 2), LAYOUTS),
-        "fsdp": parity.model_parallel((2, 1), {".*/kernel": ("batch", None)}),
+        "fsdp": parity.model_parallel(
+            (2, 1),
+            {
+                ".*/(up|down)/kernel": ("batch", None),
+                ".*/conv/kernel": ("batch", None, None),
+            },
+        ),
     }.items():
         actual = wrote(recorder, tmp_path / name, distribution)
         # Process 0 writes after the others have gone on.
