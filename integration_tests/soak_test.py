@@ -32,7 +32,11 @@ SEQUENCE_PARALLEL = {
     ".*down.*/output": ("batch", "model", None),
     ".*norm.*/output": ("batch", "model", None),
 }
-FSDP = {".*kernel": ("batch",), ".*gamma": ("batch",)}
+FSDP = {
+    ".*(up|down)/kernel": ("batch", None),
+    ".*(query|key|value|attention_output)/kernel": ("batch", None, None),
+    ".*gamma": ("batch",),
+}
 
 
 class Cosine(keras.losses.Loss):
