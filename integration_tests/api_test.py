@@ -160,6 +160,11 @@ def test_distribute_data_input(rows, axes, world_size):
     expected = Shard(1) if axes[1] else Replicate()
     assert result.placements == (Shard(0), expected)
     np.testing.assert_array_equal(result.full_tensor(), whole)
+    assert backend_lib.distribute_data_input(result, layout, "batch") is result
+    layout = keras.distribution.TensorLayout((None, "model"), mesh)
+    again = backend_lib.distribute_data_input(result, layout)
+    assert again.placements == (Replicate(), Shard(1))
+    np.testing.assert_array_equal(again.full_tensor(), whole)
 
 
 def test_distribute_data_input_that_no_axis_splits(world_size):

@@ -100,6 +100,8 @@ def distribute_tensor(tensor, layout):
     Args:
         tensor: `torch.Tensor` that needs to be distributed.
         layout: `TensorLayout`, or what `_to_backend_layout` gives for one.
+            None, as `get_tensor_layout` gives where no key matches, leaves
+            `tensor` as it is.
 
     Returns:
         A DTensor that shows the whole shape (`weights.ShardedTensor`): what is
@@ -108,7 +110,7 @@ def distribute_tensor(tensor, layout):
     """
     layout = getattr(layout, "tensor_layout", layout)
     tensor = convert_to_tensor(tensor)
-    if getattr(layout, "is_of_rows", False):
+    if layout is None or getattr(layout, "is_of_rows", False):
         return tensor
     context = context_lib.current()
     if type(tensor) is GlobalTensor:
@@ -145,13 +147,13 @@ def distribute_variable(value, layout, trainable=None):
     Args:
         value: `torch.Tensor`, array or `keras.Variable`, of any dtype.
         layout: `TensorLayout` for the variable, or what `_to_backend_layout`
-            gives for one.
+            gives for one. With None every process keeps the whole value.
         trainable: whether a floating-point value asks for a gradient. Defaults
             to what `value` says of itself, or True.
 
     Returns:
         `torch.nn.Parameter` around a DTensor on the layout's mesh, as variables
-        store it.
+        store it. Around a plain tensor without a layout.
     """
     if trainable is None:
         trainable = getattr(value, "trainable", None)
@@ -162,13 +164,14 @@ def distribute_variable(value, layout, trainable=None):
     tensor = sharded.whole(convert_to_tensor(value)).detach()
     asks = tensor.is_floating_point() or tensor.is_complex()
     layout = getattr(layout, "tensor_layout", layout)
-    placements = _placements(layout, tensor.shape)
-    mesh = layout.device_mesh.backend_mesh
-    value = storage.shard(tensor, mesh, placements)
-    return torch.nn.Parameter(
-        weights.stored(value, _context_of(mesh)),
-        requires_grad=bool(trainable and asks),
-    )
+    if layout is None:
+        value = tensor.clone()
+    else:
+        placements = _placements(layout, tensor.shape)
+        mesh = layout.device_mesh.backend_mesh
+        value = storage.shard(tensor, mesh, placements)
+        value = weights.stored(value, _context_of(mesh))
+    return torch.nn.Parameter(value, requires_grad=bool(trainable and asks))
 
 
 def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
@@ -190,14 +193,21 @@ def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
 
     Returns:
         A global batch distributed according to `layout`: a `torch.Tensor` of
-        the global shape. What is one already is returned as it is.
+        the global shape. What is one already is returned as it is; a DTensor
+        of another layout is laid out anew.
     """
-    if isinstance(per_process_batch, (DTensor, GlobalTensor)):
+    if type(per_process_batch) is GlobalTensor:
         return per_process_batch
     layout = getattr(layout, "tensor_layout", layout)
     batch = convert_to_tensor(per_process_batch)
+    if layout is None:
+        return batch
     placements = _placements(layout, batch.shape)
     mesh = layout.device_mesh.backend_mesh
+    if isinstance(batch, DTensor):
+        if batch.device_mesh == mesh and batch.placements == placements:
+            return batch
+        return distribute_tensor(batch, layout)
     name = batch_dim_name or layout.axes[0]
     if name is None:
         return storage.shard(batch, mesh, placements)
@@ -344,8 +354,11 @@ def _to_backend_layout(tensor_layout):
         tensor_layout: TensorLayout instance to convert.
 
     Returns:
-        A `TorchLayout`.
+        A `TorchLayout`. None of None, and what is a `TorchLayout` already is
+        returned as it is.
     """
+    if tensor_layout is None or isinstance(tensor_layout, TorchLayout):
+        return tensor_layout
     if tensor_layout.device_mesh is None:
         raise ValueError(
             "Cannot create sharding when device mesh is not set "

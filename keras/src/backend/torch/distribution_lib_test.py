@@ -267,6 +267,9 @@ def test_to_backend_layout(fake_world):
     assert result.device_mesh is mesh.backend_mesh
     assert result.placements == (Shard(2), Shard(0))
     assert layout.backend_layout.placements == result.placements
+    # What is a backend layout, or says that there is none, stays.
+    assert backend_dlib._to_backend_layout(result) is result
+    assert backend_dlib._to_backend_layout(None) is None
 
 
 def test_layout_without_a_mesh(fake_world):
@@ -280,6 +283,33 @@ def test_layout_without_a_mesh(fake_world):
     ):
         with pytest.raises(ValueError, match="mesh of the layout is not set"):
             function(torch.ones(2), TensorLayout((None,)))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "numpy", "list", "variable"])
+def test_no_layout(fake_world, kind):
+    # `get_tensor_layout` gives None where no key matches.
+    fake_world(4)
+    value = {
+        "tensor": torch.ones(2, 2),
+        "numpy": np.ones((2, 2), "float32"),
+        "list": [[1.0, 1.0], [1.0, 1.0]],
+        "variable": backend.Variable(np.ones((2, 2), "float32")),
+    }[kind]
+    for function in (
+        distribution_lib.distribute_tensor,
+        backend_dlib.distribute_data_input,
+        backend_dlib.distribute_variable,
+    ):
+        result = function(value, None)
+        assert isinstance(result, torch.Tensor)
+        assert not isinstance(result, DTensor)
+        assert result.tolist() == [[1, 1], [1, 1]]
+    assert isinstance(result, torch.nn.Parameter) and result.requires_grad
+    if kind == "tensor":
+        assert backend_dlib.distribute_tensor(value, None) is value
+        assert backend_dlib.distribute_data_input(value, None) is value
+        # A variable is nobody else's memory.
+        assert result.data_ptr() != value.data_ptr()
 
 
 def as_layout(layout, kind):
@@ -443,6 +473,27 @@ def test_distribute_data_input(
     assert result.shape == shape
     assert result.placements == placements
     assert float(sharded.local_of(result)[0, 0]) == first
+
+
+@pytest.mark.parametrize("kind", ["keras", "backend"])
+def test_distribute_data_input_again(fake_world, monkeypatch, kind):
+    fake_world(4, rank=1)
+    monkeypatch.setattr(
+        backend_dlib.rows, "counts", lambda local, group: [local, 3]
+    )
+    mesh = mesh_2d()
+    layout = as_layout(TensorLayout(("batch", None), mesh), kind)
+    batch = backend_dlib.distribute_data_input(np.ones((3, 4)), layout)
+    assert backend_dlib.distribute_data_input(batch, layout) is batch
+    # Nothing that is global is taken for rows of one process.
+    other = as_layout(TensorLayout((None, "model"), mesh), kind)
+    whole = distribution_lib.distribute_tensor(
+        np.arange(12.0).reshape(3, 4), TensorLayout((), mesh)
+    )
+    result = backend_dlib.distribute_data_input(whole, other)
+    assert result.shape == (3, 4)
+    assert result.placements == (Replicate(), Shard(1))
+    assert sharded.local_of(result).tolist() == [[2, 3], [6, 7], [10, 11]]
 
 
 def test_distribute_data_input_of_uneven_rows(on_threads):
