@@ -88,15 +88,14 @@ OURS = ("keras.src.backend.torch.distribution.", "torch.")
 
 
 def _apply(released):
-    released = released.__func__
-
+    # A class method of Python's in torch 2.13, of C's since 2.14.
     def apply(cls, *args, **kwargs):
         rows = None if modes.step is None else modes.step.shards
         for x in args:
             if type(x) is GlobalTensor:
                 rows, args = x.rows or rows, map_tensors(whole, args)
                 break
-        y = released(cls, *args, **kwargs)
+        y = released.__get__(None, cls)(*args, **kwargs)
         if rows is None or modes.known or cls.__module__.startswith(OURS):
             return y
         return map_tensors(lambda y: _with_gradient_of_all(y, rows), y)
