@@ -65,7 +65,7 @@ ELEMENTWISE = frozenset(
 SHARDED = frozenset(
     """
     __add__ __and__ __eq__ __floordiv__ __ge__ __getitem__ __gt__ __iadd__
-    __imul__ __isub__ __itruediv__ __le__ __lt__ __matmul__ __mod__ __mul__
+    __imul__ __isub__ __itruediv__ __le__ __lt__ __matmul__ __mul__
     __ne__ __neg__ __or__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__
     __rtruediv__ __sub__ __truediv__ __invert__ __abs__
     add add_ sub sub_ subtract subtract_ mul mul_ multiply multiply_ div div_
@@ -77,7 +77,7 @@ SHARDED = frozenset(
     sum mean softmax log_softmax layer_norm
     permute transpose movedim moveaxis swapaxes swapdims t reshape view flatten
     unflatten unsqueeze squeeze expand expand_as broadcast_to concat
-    concatenate cat stack split chunk narrow select
+    concatenate cat stack split chunk narrow
     """.split()
 )
 

@@ -426,11 +426,21 @@ def _samples_of(op, dtype):
                 continue
             if any(x.layout is not torch.strided for x in tensors):
                 continue
+            if any(map(is_extreme, tensors)):
+                continue
             if sample.kwargs.get("dropout_p"):
                 continue
             yield args, sample.kwargs
     except (NotImplementedError, RuntimeError):
         return
+
+
+def is_extreme(x):
+    """Whether a number is so large that a loss, times the number of data
+    shards, would be infinite. torch 2.14 has such samples (`hypot`)."""
+    if not x.dtype.is_floating_point:
+        return False
+    return bool((x.isfinite() & (x.abs() > torch.finfo(x.dtype).max / 8)).any())
 
 
 def works(function, args, kwargs):
