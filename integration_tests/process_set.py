@@ -31,6 +31,9 @@ class State(enum.Enum):
 class RankProcess:
     """One rank's process, with what it said and wrote in this case."""
 
+    # What it runs.
+    module = "integration_tests.worker"
+
     def __init__(self, rank, world, port, variables, folder, arguments):
         self.rank = rank
         self.world = world
@@ -53,7 +56,7 @@ class RankProcess:
                 [
                     sys.executable,
                     "-m",
-                    "integration_tests.worker",
+                    self.module,
                     json.dumps(settings),
                 ],
                 cwd=ROOT,
@@ -169,12 +172,14 @@ class ProcessSet:
         read_report: function that turns a report as sent into a report.
     """
 
+    rank_class = RankProcess
+
     def __init__(self, world, variables, folder, arguments, read_report):
         self.read_report = read_report
         self.started = False
         port = free_port()
         self.ranks = [
-            RankProcess(rank, world, port, variables, folder, arguments)
+            self.rank_class(rank, world, port, variables, folder, arguments)
             for rank in range(world)
         ]
 

@@ -1,0 +1,1 @@
+"""Keras's own tests on several processes that share a distribution."""
