@@ -160,7 +160,7 @@ class SuiteSet(ProcessSet):
         parts += [rank.stack] if rank.stack else []
         for name, content in rank.output().items():
             if content:
-                parts.append(f"---- {name}\n{content[-4000:]}")
+                parts.append(f"---- {name}\n{content[-12000:]}")
         return "\n".join(parts)
 
 

@@ -69,6 +69,8 @@ class Files:
                 "--import-mode=importlib",
                 "--capture=no",
                 "--tb=short",
+                # pytest would import the tests, not `tests_tree.Loader`.
+                "--assert=plain",
                 "-pno:cacheprovider",
                 "-pno:hypothesispytest",
                 *(f"-W{warning}" for warning in WARNINGS),
