@@ -169,6 +169,38 @@ def test_draws(world_size):
             assert (ours != theirs).any(), name
 
 
+SCALARS = {
+    "normal": lambda: keras.random.normal((), seed=7),
+    "uniform": lambda: keras.random.uniform((), seed=7),
+    "truncated_normal": lambda: keras.random.truncated_normal((), seed=7),
+    "randint": lambda: keras.random.randint((), 0, 1 << 20, seed=7),
+    "gamma": lambda: keras.random.gamma((), 2.0, seed=7),
+    "beta": lambda: keras.random.beta((), 2.0, 3.0, seed=7),
+    "binomial": lambda: keras.random.binomial((), 500.0, 0.5, seed=7),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+@pytest.mark.world(2)
+def test_a_number_is_drawn_for_all(world_size, name):
+    """What a layer draws that has no rows is one device's, in a call by hand
+    and in `fit`."""
+
+    class Drawing(keras.Layer):
+        def call(self, x):
+            return x * 0 + ops.cast(SCALARS[name](), "float32")
+
+    def program():
+        x = np.ones((5, 2), "float32")
+        model = keras.Sequential([Drawing()])
+        return ops.convert_to_numpy(model(x)), model.predict(x, verbose=0)
+
+    expected = parity.on_one_device(program)
+    parity.assert_same(
+        run(program, keras.distribution.DataParallel()), expected
+    )
+
+
 def losses(distribution=None):
     """Of uneven batches; the last one of `fit` has a single row."""
 

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch import random as upstream
+from keras.src.backend.torch.distribution import modes as modes_lib
 from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution import storage
@@ -25,7 +26,17 @@ from keras.src.backend.torch.distribution.modes import modes
 from keras.src.random.seed_generator import SeedGenerator
 
 # Keras's functions of this module take their seeds from `draw_seed`.
-__all__ = ["draw_seed", "dropout", "normal", "randint", "uniform"]
+__all__ = [
+    "beta",
+    "binomial",
+    "draw_seed",
+    "dropout",
+    "gamma",
+    "normal",
+    "randint",
+    "truncated_normal",
+    "uniform",
+]
 
 released_draw_seed = upstream.draw_seed
 released_dropout = upstream.dropout
@@ -76,7 +87,7 @@ def _for_all_rows(function):
     @functools.wraps(function)
     def draw(shape, *args, **kwargs):
         context = current()
-        if shape and _draws_for_rows(context):
+        if _draws_for_rows(context):
             batch = _batch(context)
             ours = batch and _ours(batch, shape[0])
             if ours:
@@ -87,9 +98,27 @@ def _for_all_rows(function):
     return draw
 
 
-normal = _for_all_rows(upstream.normal)
-randint = _for_all_rows(upstream.randint)
-uniform = _for_all_rows(upstream.uniform)
+def _scalars_for_all(function):
+    """A function that draws a shape: a single number is no row's, so that it
+    is the same on all processes."""
+
+    @functools.wraps(function)
+    def draw(shape, *args, **kwargs):
+        if len(shape) or not _draws_for_rows(current()):
+            return function(shape, *args, **kwargs)
+        with modes_lib.drawing_initial_values():
+            return function(shape, *args, **kwargs)
+
+    return draw
+
+
+normal = _scalars_for_all(_for_all_rows(upstream.normal))
+randint = _scalars_for_all(_for_all_rows(upstream.randint))
+uniform = _scalars_for_all(_for_all_rows(upstream.uniform))
+truncated_normal = _scalars_for_all(upstream.truncated_normal)
+gamma = _scalars_for_all(upstream.gamma)
+binomial = _scalars_for_all(upstream.binomial)
+beta = _scalars_for_all(upstream.beta)
 
 
 def dropout(inputs, rate, noise_shape=None, seed=None):
