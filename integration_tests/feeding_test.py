@@ -350,3 +350,15 @@ def test_errors_are_raised_by_all(rank):
                     assert "could not read a batch" in waiting
                 else:
                     assert all(expected in o for o in outcomes), outcomes
+
+
+def test_adapters_made_by_hand_give_global_batches():
+    from keras.src.trainers.epoch_iterator import EpochIterator
+
+    x, y, _ = data()
+    with keras.distribution.DataParallel().scope():
+        iterator = EpochIterator(x=x, y=y, batch_size=BATCH)
+        batches = [batch for _, _, it in iterator for batch in it]
+        assert keras.distribution.distribution() is not None
+    parity.assert_same(np.concatenate([b[0] for b in batches]), x, 0)
+    parity.assert_same(np.concatenate([b[1] for b in batches]), y, 0)

@@ -13,7 +13,6 @@ from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import same_data
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.modes import modes
-from keras.src.distribution import distribution_lib
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
@@ -362,17 +361,8 @@ def _loader_of_our_rows(loader, context):
 
 
 def data_adapter(context, **arguments):
-    """The adapter for `fit`'s arguments under a distribution.
-
-    The adapter inside is made as if there were no distribution: released Keras
-    refuses anything but a `tf.data.Dataset` for several processes.
-    """
-    distribution = distribution_lib.distribution()
-    distribution_lib.set_distribution(None)
-    try:
-        adapter = data_adapters.get_data_adapter(**arguments)
-    finally:
-        distribution_lib.set_distribution(distribution)
+    """The adapter for `fit`'s arguments under a distribution."""
+    adapter = data_adapters.get_data_adapter(**arguments)
     arrays = None
     if isinstance(adapter, ArrayDataAdapter):
         arrays = [arguments.get(name) for name in agreement.PARTS_OF_DATA]
