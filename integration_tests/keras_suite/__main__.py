@@ -18,7 +18,7 @@ from integration_tests.keras_suite import report
 from integration_tests.keras_suite import tests_tree
 from integration_tests.keras_suite.driver import Driver
 
-LIMIT = 120
+LIMIT = 300
 
 
 def parse(arguments):

@@ -4,6 +4,7 @@ A program under several processes names one folder for all of them: process 0
 writes there, all read. A test's `get_temp_dir` would give each its own.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -20,16 +21,21 @@ class SameFolders:
         rank: int, this process.
         private: file names of the tests that write their folders themselves,
             on every process: these get a folder each.
+        meet: function in which the processes wait for each other.
     """
 
-    def __init__(self, root, rank, private=()):
+    def __init__(self, root, rank, private=(), meet=lambda: None):
         self.root, self.rank, self.private = pathlib.Path(root), rank, private
+        self.meet = meet
         self.begin("nothing")
 
     def begin(self, nodeid):
         """Starts a test."""
         self.folder = folder_of(self.root, nodeid)
-        if nodeid.partition("::")[0].endswith(tuple(self.private)):
+        self.is_private = nodeid.partition("::")[0].endswith(
+            tuple(self.private)
+        )
+        if self.is_private:
             self.folder = self.folder / f"rank{self.rank}"
         self.count = 0
 
@@ -60,13 +66,40 @@ class SameFolders:
                 pass
 
         def temporary_directory(*args, **kwargs):
-            caller = sys._getframe(1).f_globals["__name__"]
-            if caller.endswith("_test"):
+            if _is_test(sys._getframe(1)):
                 return SameDirectory()
             return released(*args, **kwargs)
 
         testing.TestCase.get_temp_dir = lambda test: folders.make()
         tempfile.TemporaryDirectory = temporary_directory
+        os.listdir = self._together(os.listdir)
+        os.remove = self._together(os.remove, once=True)
+        shutil.rmtree = self._together(shutil.rmtree, once=True)
+
+    def _together(self, function, once=False):
+        """A function that all processes of a test call at the same time.
+
+        None lists a folder while another writes there, or removes a file that
+        another reads.
+        """
+
+        @functools.wraps(function)
+        def call(path, *args, **kwargs):
+            is_ours = str(path).startswith(str(self.folder))
+            if self.is_private or not is_ours or not _is_test(sys._getframe(1)):
+                return function(path, *args, **kwargs)
+            self.meet()
+            try:
+                if not once or self.rank == 0:
+                    return function(path, *args, **kwargs)
+            finally:
+                self.meet()
+
+        return call
+
+
+def _is_test(frame):
+    return frame.f_globals["__name__"].endswith("_test")
 
 
 def folder_of(root, nodeid):

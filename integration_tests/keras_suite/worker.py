@@ -55,7 +55,10 @@ class Files:
         self.name = distribution
         self.distribution = None
         self.folders = SameFolders(
-            worlds.shared_folder(), int(os.environ["RANK"]), PRIVATE_FOLDERS
+            worlds.shared_folder(),
+            int(os.environ["RANK"]),
+            PRIVATE_FOLDERS,
+            self.meet,
         )
 
     def run(self):
@@ -90,6 +93,11 @@ class Files:
             distributions.keep(self.distribution)
         self.folders.install()
         os.chdir(self.folders.make())
+
+    def meet(self):
+        """Raises where the processes are out of step."""
+        if self.name != "released":
+            process.wait_in_step(worlds.MEET_SECONDS)
 
     def begin_test(self, nodeid):
         import keras
@@ -149,8 +157,7 @@ class OneFile:
     def meet(self):
         joined = self.files.name == "released" or process.is_joined()
         try:
-            if self.files.name != "released":
-                process.wait_in_step(worlds.MEET_SECONDS)
+            self.files.meet()
         except RuntimeError as error:
             self.connection.send(("met", str(error), False))
         else:
