@@ -362,3 +362,38 @@ def test_adapters_made_by_hand_give_global_batches():
         assert keras.distribution.distribution() is not None
     parity.assert_same(np.concatenate([b[0] for b in batches]), x, 0)
     parity.assert_same(np.concatenate([b[1] for b in batches]), y, 0)
+
+
+def fit_of_other_rows(model):
+    """Of a generator whose targets have other rows than its inputs."""
+    x, y, _ = data()
+    batches = ((x[:4], y[:2]) for _ in range(2))
+    return model.fit(batches, steps_per_epoch=2, verbose=0).history
+
+
+def make_halving_model():
+    class Halves(keras.Layer):
+        def call(self, x):
+            return x[::2]
+
+    model = keras.Sequential([layers.Dense(2), Halves()])
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    return model
+
+
+def test_arrays_with_different_rows():
+    """Are one device's where nothing is split; else all raise."""
+    parity.assert_equal_on_all(
+        "one data shard",
+        parity.run(
+            fit_of_other_rows,
+            make_halving_model,
+            parity.model_parallel((1, 2), {}),
+        ),
+        parity.run(fit_of_other_rows, make_halving_model),
+    )
+    with keras.distribution.DataParallel().scope():
+        model = make_halving_model()
+        for outcome in everyone.outcomes(lambda: fit_of_other_rows(model)):
+            assert "same number of rows" in outcome
+            assert "[(4, 4), (2, 2)]" in outcome

@@ -84,8 +84,10 @@ class ShardedDataAdapter(DataAdapter):
                     facts = batch.facts
             except Exception as e:
                 error = e
-            size = same_data.FAILED if error else same_data.NONE
-            if batch is not None:
+            size = same_data.NONE
+            if error is not None:
+                size = same_data.FAILED
+            elif batch is not None:
                 size = batch.rows.total
             sizes, digests = same_data.exchange(size, facts)
             if same_data.FAILED in sizes:

@@ -172,7 +172,7 @@ def count(data):
     """Rows of a nested batch: the length of its first array."""
     for leaf in tree.flatten(data):
         if leaf is not None:
-            return leaf.shape[0]
+            return leaf.shape[0] if len(leaf.shape) else 1
     return 0
 
 
@@ -181,18 +181,25 @@ def cut(data, context):
 
     Args:
         data: nested structure of arrays or tensors, all with the global
-            number of rows in dim 0.
+            number of rows in dim 0. With one data shard, any.
+
+    Raises:
+        ValueError: if an array has another number of rows.
     """
     total = count(data)
+    if context.data_size == 1:
+        return Batch(data, of_split(total, 1, 0))
     start, stop = split(total, context.data_size, context.data_index)
 
     def ours(x):
         if x is None:
             return None
-        if x.shape[0] != total:
+        if not len(x.shape) or x.shape[0] != total:
+            leaves = [leaf for leaf in tree.flatten(data) if leaf is not None]
             raise ValueError(
-                "All arrays of a batch must have the same number of rows. "
-                f"Received: {total} and {x.shape[0]}"
+                "Where batches are split, all arrays of a batch must have the "
+                "same number of rows. Received arrays of the shapes: "
+                f"{[tuple(leaf.shape) for leaf in leaves]}"
             )
         return x[start:stop]
 
