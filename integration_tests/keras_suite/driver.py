@@ -1,8 +1,9 @@
 """Runs test after test on all processes, in lockstep.
 
-A test that fails on all of them, or on one while the others end, leaves the
-processes in step where they meet at a barrier after it. A set whose processes
-do not is killed, and the next test gets a fresh one.
+A test that fails alike on all of them leaves them in step, where they meet at a
+barrier after it. Where one fails and another does not, they have made different
+variables, say. Such a set, and one whose processes do not meet, is killed, and
+the next test gets a fresh one.
 """
 
 import dataclasses
@@ -113,6 +114,11 @@ class SuiteSet(ProcessSet):
             self.send("meet")
             self._gather(worlds.MEET_SECONDS + GRACE_SECONDS)
 
+    @property
+    def is_fit(self):
+        """Whether the processes may run another test."""
+        return self.in_step and len({r.outcome for r in self.ranks}) == 1
+
     def result(self, nodeid, seconds):
         """Merges what the processes said of a test."""
         outcomes = [rank.outcome for rank in self.ranks]
@@ -220,7 +226,7 @@ class Driver:
             self.processes.run(nodeid, following, self.limit)
             yield self.processes.result(nodeid, time.monotonic() - began)
             same_folders.remove(self.shared, nodeid)
-            if not self.processes.in_step:
+            if not self.processes.is_fit:
                 self._leave()
         if self.processes is not None:
             self.processes.send(None)

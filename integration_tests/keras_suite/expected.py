@@ -3,6 +3,7 @@
 # Tests that write into their temporary folders themselves, on every process.
 PRIVATE_FOLDERS = (
     "audio_dataset_utils_test.py",
+    "code_stats_test.py",
     "file_utils_test.py",
     "image_dataset_utils_test.py",
     "text_dataset_utils_test.py",
@@ -11,12 +12,20 @@ PRIVATE_FOLDERS = (
 BOTH = ("data", "model")
 
 ONCE = "looks for a message that process 0 alone says, on all of them"
+ROWS = "fits a batch of arrays of other rows, which all say can not be split"
 WHOLE = "a save that fails leaves no file: what is saved appears at once, whole"
 
 # From a pattern of test ids (`fnmatch`) to the distributions and the reason.
 EXPECTED = {
     "*/learning_rate_scheduler_test.py::*::test_verbose_logging": (BOTH, ONCE),
     "*/reduce_lr_on_plateau_test.py::*::test_verbose_logging": (BOTH, ONCE),
+    "*/io_utils_test.py::*::test_enable_interactive_logging": (BOTH, ONCE),
+    "*/io_utils_test.py::*::test_print_msg_*": (BOTH, ONCE),
+    "*/progbar_test.py::*::test_stateful_stateless_output_*": (BOTH, ONCE),
+    "*/mel_spectrogram_test.py::*::test_mel_spectrogram_basics": (
+        ("data",),
+        ROWS,
+    ),
     "*/saving_lib_test.py::*::test_save_model_exception_raised_*": (
         BOTH,
         WHOLE,
