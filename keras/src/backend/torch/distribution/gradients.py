@@ -34,6 +34,7 @@ import collections
 import contextlib
 import functools
 import weakref
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,9 @@ from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.backward import Pass
 
 HISTORY = 16
+# Of the flags of a pass: so much that one process may have made more variables
+# than another, which train alike all the same.
+FLAGS = 256
 # Marks a tensor whose gradient is reduced over data shards.
 REDUCED = "_keras_is_reduced"
 
@@ -76,6 +80,7 @@ class Reducer:
         # Whether somebody's code runs in a step, the same on all processes.
         self.is_in_step = False
         self._names = []
+        self._marks = []  # A number of 1 to 255 of each's name and shape.
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
         self._pass = _no_pass
@@ -102,6 +107,8 @@ class Reducer:
             local = sharded.local_of(parameter)
         like = torch.empty(local.shape, dtype=local.dtype, device="meta")
         self._likes.append((like, local.device))
+        described = f"{name} {tuple(local.shape)} {local.dtype}"
+        self._marks.append(1 + zlib.crc32(described.encode()) % 255)
         reference = weakref.ref(parameter)
         # Autograd calls the hooks. Compiled train steps would try to compile
         # them too, piece by piece: they do nothing that a compiler could make
@@ -219,18 +226,41 @@ class Reducer:
         Returns:
             Tuple of the numbers with a gradient anywhere, and the error to
             raise, or None.
+
+        Raises:
+            RuntimeError: if the parameters of these numbers are not the same
+                everywhere.
         """
-        flags = torch.zeros((3, self._registered), dtype=torch.uint8)
+        capacity = max(FLAGS, 1 << (self._registered - 1).bit_length())
+        flags = torch.zeros((5, capacity), dtype=torch.uint8)
         flags[0, list(reached)] = 1
         flags[1] = 1 - flags[0]
         flags[2, list(captured)] = 1
         flags[2, list(replaced)] = 2
+        flags[3, : self._registered] = torch.tensor(
+            self._marks, dtype=torch.uint8
+        )
+        # The largest of these tells the smallest mark; 0 is none.
+        flags[4] = 255 - flags[3]
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
-        anywhere, missed, returned = flags
+        anywhere, missed, returned, largest, smallest = flags
+        self._check_same(_numbers(anywhere & (largest != 255 - smallest)))
         error = None
         if returned.any():
             error = self._error(returned, missed & anywhere)
         return _numbers(anywhere), error
+
+    def _check_same(self, different):
+        if not different:
+            return
+        names = [self._names[n] for n in different if n < self._registered]
+        raise RuntimeError(
+            "The processes have made different variables, or in another "
+            "order, so that their gradients do not belong together. Make the "
+            "same layers and models in the same order on every process, also "
+            "those that one alone needs. Different are, as this process calls "
+            f"them: {names or 'variables that it has not made'}"
+        )
 
     def _error(self, returned, missed):
         names = [self._names[n] for n in _numbers(missed & (returned > 0))]

@@ -276,7 +276,10 @@ def test_reduces_while_backward_runs(fake_world, monkeypatch):
     chain().backward()
     # Nothing is known of the first pass: all of it is reduced at its end.
     # Three flags of each of three parameters say which those are.
-    assert events == ["2", "1", "0", "reduce 9"] + ["reduce 2"] * 3
+    assert (
+        events
+        == ["2", "1", "0", f"reduce {5 * gradients.FLAGS}"] + ["reduce 2"] * 3
+    )
     events.clear()
     chain().backward()
     assert events == [
@@ -286,7 +289,7 @@ def test_reduces_while_backward_runs(fake_world, monkeypatch):
         "reduce 2",
         "0",
         "reduce 2",
-        "reduce 9",
+        f"reduce {5 * gradients.FLAGS}",
     ]
 
 
@@ -476,7 +479,8 @@ def test_gradients_left_local_are_completed(on_threads, communicated):
         assert grads == [13.0, 2.0, 1.0]
     # Of the last two passes: the flags, and what they reached. That the first
     # of them reached too was predicted of the second.
-    assert sorted(communicated) == sorted(([9, 5] + [9, 5, 4]) * 3)
+    flags = 5 * gradients.FLAGS
+    assert sorted(communicated) == sorted(([flags, 5] + [flags, 5, 4]) * 3)
 
 
 def test_a_share_is_added_to_what_was_reduced(on_threads):
