@@ -13,6 +13,7 @@ BOTH = ("data", "model")
 
 ONCE = "looks for a message that process 0 alone says, on all of them"
 ROWS = "fits a batch of arrays of other rows, which all say can not be split"
+ROUNDING = "convolves fewer rows at a time: 82 of 335,916 sums round by 3e-6"
 WHOLE = "a save that fails leaves no file: what is saved appears at once, whole"
 
 # From a pattern of test ids (`fnmatch`) to the distributions and the reason.
@@ -25,6 +26,10 @@ EXPECTED = {
     "*/mel_spectrogram_test.py::*::test_mel_spectrogram_basics": (
         ("data",),
         ROWS,
+    ),
+    "*/stft_spectrogram_test.py::*::test_spectrogram_channels_*": (
+        ("data",),
+        ROUNDING,
     ),
     "*/saving_lib_test.py::*::test_save_model_exception_raised_*": (
         BOTH,

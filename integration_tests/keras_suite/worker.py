@@ -11,6 +11,7 @@ For each file it is a pytest of its own. Messages to the driver:
 import faulthandler
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -129,7 +130,7 @@ class OneFile:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session):
         try:
-            self.run({item.nodeid: item for item in session.items})
+            self.run(by_name(session.items))
         except Exception:
             # Not as pytest's internal error: nobody would see it.
             traceback.print_exc()
@@ -141,6 +142,7 @@ class OneFile:
         while (case := self.connection.recv()) is not None:
             nodeid, next_nodeid = case
             self.reports = []
+            self.nodeid = nodeid
             self.config.hook.pytest_runtest_protocol(
                 item=items[nodeid], nextitem=items.get(next_nodeid)
             )
@@ -151,8 +153,8 @@ class OneFile:
                 self.meet()
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item):
-        self.files.begin_test(item.nodeid)
+    def pytest_runtest_setup(self):
+        self.files.begin_test(self.nodeid)
 
     def meet(self):
         joined = self.files.name == "released" or process.is_joined()
@@ -172,6 +174,18 @@ class OneFile:
                 "text": report.longreprtext if report.failed else "",
             }
         )
+
+
+def by_name(items):
+    """Tests by names that are the same on all processes: ids of parameters may
+    hold addresses of memory."""
+    named = {}
+    for item in items:
+        name = re.sub(r"0x[0-9a-f]{6,}", "0x", item.nodeid)
+        while name in named:
+            name += "'"
+        named[name] = item
+    return named
 
 
 def first_lines(report):
