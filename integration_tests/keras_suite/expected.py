@@ -1,12 +1,15 @@
 """What of Keras's tests cannot hold on several processes, and why."""
 
-# Tests that write into their temporary folders themselves, on every process.
+# Patterns of ids (`fnmatch`) of tests that write all of their temporary folders
+# themselves, on every process.
 PRIVATE_FOLDERS = (
-    "audio_dataset_utils_test.py",
-    "code_stats_test.py",
-    "file_utils_test.py",
-    "image_dataset_utils_test.py",
-    "text_dataset_utils_test.py",
+    "*/audio_dataset_utils_test.py::*",
+    "*/code_stats_test.py::*",
+    "*/file_utils_test.py::*",
+    "*/image_dataset_utils_test.py::*",
+    "*/saving_lib_test.py::SafeGetH5DatasetTest::test_rejects_*",
+    "*/saving_lib_test.py::SafeZip*",
+    "*/text_dataset_utils_test.py::*",
 )
 
 BOTH = ("data", "model")
@@ -14,6 +17,7 @@ BOTH = ("data", "model")
 ONCE = "looks for a message that process 0 alone says, on all of them"
 ROWS = "fits a batch of arrays of other rows, which all say can not be split"
 ROUNDING = "convolves fewer rows at a time: 82 of 335,916 sums round by 3e-6"
+WRITES = "writes on every process into the file that process 0 has saved"
 WHOLE = "a save that fails leaves no file: what is saved appears at once, whole"
 
 # From a pattern of test ids (`fnmatch`) to the distributions and the reason.
@@ -30,6 +34,11 @@ EXPECTED = {
     "*/stft_spectrogram_test.py::*::test_spectrogram_channels_*": (
         ("data",),
         ROUNDING,
+    ),
+    "*/file_editor_test.py::*::test_rejects_*": (BOTH, WRITES),
+    "*/saving_lib_test.py::*::test_load_weights_rejects_shape_bomb": (
+        BOTH,
+        WRITES,
     ),
     "*/saving_lib_test.py::*::test_save_model_exception_raised_*": (
         BOTH,

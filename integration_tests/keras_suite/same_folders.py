@@ -4,6 +4,7 @@ A program under several processes names one folder for all of them: process 0
 writes there, all read. A test's `get_temp_dir` would give each its own.
 """
 
+import fnmatch
 import functools
 import hashlib
 import os
@@ -19,8 +20,8 @@ class SameFolders:
     Args:
         root: path of a folder that all processes see.
         rank: int, this process.
-        private: file names of the tests that write their folders themselves,
-            on every process: these get a folder each.
+        private: patterns of ids of the tests that write their folders
+            themselves, on every process: these get a folder each.
         meet: function in which the processes wait for each other.
     """
 
@@ -32,8 +33,8 @@ class SameFolders:
     def begin(self, nodeid):
         """Starts a test."""
         self.folder = folder_of(self.root, nodeid)
-        self.is_private = nodeid.partition("::")[0].endswith(
-            tuple(self.private)
+        self.is_private = any(
+            fnmatch.fnmatchcase(nodeid, pattern) for pattern in self.private
         )
         if self.is_private:
             self.folder = self.folder / f"rank{self.rank}"
