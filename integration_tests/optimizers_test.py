@@ -281,3 +281,27 @@ def test_accumulators_and_averages_are_sharded():
         ):
             for slot, v in zip(kind, model.trainable_variables):
                 assert placements(slot) == placements(v)
+
+
+@pytest.mark.world(2)
+def test_gradients_may_be_arrays(world_size):
+    def program(layer):
+        # One that released Keras hands them to as they are.
+        optimizer = keras.optimizers.Ftrl(0.1)
+        gradients = [np.full(v.shape, 0.5) for v in layer.trainable_variables]
+        optimizer.apply_gradients(zip(gradients, layer.trainable_variables))
+
+    def make_layer():
+        layer = layers.Dense(4)
+        layer.build((2, 3))
+        return layer
+
+    parity.assert_equal_on_all(
+        "arrays",
+        parity.run(
+            program,
+            make_layer,
+            parity.model_parallel((1, 2), {".*kernel": (None, "model")}),
+        ),
+        parity.run(program, make_layer),
+    )

@@ -102,6 +102,10 @@ def local_gradients(grads, variables):
             else:
                 grad = grad.full_tensor()
         elif isinstance(stored, DTensor):
+            if not isinstance(grad, torch.Tensor):
+                grad = torch.as_tensor(
+                    grad, dtype=stored.dtype, device=stored.device
+                )
             grad = shard(grad, stored.device_mesh, stored.placements)
             grad = grad.to_local()
         local.append(grad)
