@@ -14,6 +14,7 @@ import torch.distributed as dist
 from keras.src import ops
 from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.losses import loss as upstream
@@ -33,7 +34,9 @@ class Loss(upstream.Loss):
 
     def __call__(self, y_true, y_pred, sample_weight=None):
         if not borders.is_seen():
-            return super().__call__(y_true, y_pred, sample_weight)
+            return operators.call_on_shards(
+                super().__call__, y_true, y_pred, sample_weight
+            )
         return borders.call_loss(
             self, super().__call__, y_true, y_pred, sample_weight
         )

@@ -10,6 +10,7 @@ import functools
 
 from keras.src.api_export import keras_export
 from keras.src.backend.torch.distribution import metric_states
+from keras.src.backend.torch.distribution import operators
 from keras.src.backend.torch.distribution import put_off
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import known
@@ -34,7 +35,7 @@ def _on_our_rows(update_state):
     @functools.wraps(update_state)
     def update(self, *args, **kwargs):
         if not borders.is_seen():
-            return update_state(self, *args, **kwargs)
+            return operators.call_on_shards(update_state, self, *args, **kwargs)
         metric_states.settle_all(self.variables)
         function = functools.partial(update_state, self)
         return borders.call_metric(self, function, args, kwargs)

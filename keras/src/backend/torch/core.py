@@ -53,8 +53,11 @@ class Variable(upstream.Variable):
             layout = self._layout
             if layout is None:
                 layout = context.distribution.get_variable_layout(self)
+                layout = storage.fitting(layout, self)
             self._layout = layout
             placements = context.placements(layout, self._shape, self.path)
+            if metric_states.is_state(self):
+                placements = metric_states.placements(placements, context)
             if context.is_sharded(placements):
                 value = upstream.convert_to_tensor(value, dtype=self._dtype)
                 value = sharded.whole(value)

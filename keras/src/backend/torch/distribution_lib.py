@@ -113,13 +113,14 @@ def distribute_tensor(tensor, layout):
     if layout is None or getattr(layout, "is_of_rows", False):
         return tensor
     context = context_lib.current()
+    is_activation = modes.calls or storage.is_in_layer()
     if type(tensor) is GlobalTensor:
-        if modes.calls and context is not None:
+        if is_activation and context is not None:
             return activations.of_rows(
                 tensor, _relayout_activation, layout, context
             )
         return tensor
-    if modes.calls and context is not None:
+    if is_activation and context is not None:
         return _relayout_activation(tensor, layout, context)
     if context is None and process_group.num_processes() == 1:
         # Released layers run then, on plain tensors.
@@ -399,5 +400,7 @@ def _relayout_activation(tensor, layout, context):
         )
     if tuple(tensor.placements) != placements:
         tensor = tensor.redistribute(placements=placements)
+    if sharded.is_whole(tensor):
+        return sharded.Leave.apply(tensor)
     setattr(tensor, sharded.REQUESTED, True)
     return tensor

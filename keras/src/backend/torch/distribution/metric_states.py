@@ -16,6 +16,7 @@ import contextlib
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
 
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import sharded
@@ -78,6 +79,19 @@ def of(metrics, model_variables):
         for v in model_variables():
             variables.pop(id(v), None)
     return [v for v in variables.values() if v._value is not None]
+
+
+def is_state(variable):
+    """Whether a variable is a metric's own, by how it was made."""
+    return variable.synchronization == "on_read"
+
+
+def placements(placements, context):
+    """Those of a state. The data axis does not cut it: what each data shard has
+    counted is of all entries."""
+    result = list(placements)
+    result[context.data_axis] = Replicate()
+    return tuple(result)
 
 
 @contextlib.contextmanager

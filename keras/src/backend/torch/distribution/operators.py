@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from keras.src.backend.common import KerasVariable
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.global_rows import table
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -105,6 +106,21 @@ def on_shards(context):
             yield
     finally:
         modes.on_shards = False
+
+
+def call_on_shards(function, *args, **kwargs):
+    """Calls a loss or a metric, which may be handed shards: outputs that the
+    layout map asks for.
+
+    Collective along the model axes where a function gathers.
+    """
+    context = current()
+    shards = []
+    _find_shards((*args, *kwargs.values()), shards)
+    if context is None or all(map(sharded.is_weight, shards)):
+        return function(*args, **kwargs)
+    with on_shards(context):
+        return function(*args, **kwargs)
 
 
 class OnShards(TorchFunctionMode):

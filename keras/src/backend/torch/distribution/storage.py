@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
+from keras.src.backend.common import global_state
 from keras.src.backend.torch.distribution import collectives
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import laid_out
@@ -22,6 +23,58 @@ from keras.src.backend.torch.distribution.modes import modes
 
 # Marks a torch module's parameter that is a Keras variable too.
 TAKEN = "_keras_variable_of"
+
+
+def fitting(layout, variable):
+    """The layout that a key of the layout map gives to a variable.
+
+    Keys are written for the weights that a layer is built with. What is made
+    of those later may match too, and have fewer dims: slots of an optimizer,
+    states of a metric, what a layer is quantized or adapted with. That, and a
+    scalar, stays whole. (Of a weight itself it is an error.)
+
+    Args:
+        layout: `TensorLayout`.
+        variable: of known shape and path.
+    """
+    ndim = len(variable._shape)
+    if len(layout.axes) <= ndim or (ndim and not _is_made_later()):
+        return layout
+    logger.info(
+        "variable '%s' of shape %s stays whole: its key lays out %d dims",
+        variable.path,
+        variable._shape,
+        len(layout.axes),
+    )
+    return type(layout)([None] * ndim, layout.device_mesh)
+
+
+def _is_made_later():
+    """Whether a variable that is being made is none of those that a layer is
+    built with."""
+    # They are imported after variables.
+    from keras.src.layers import Layer
+    from keras.src.metrics import Metric
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+    owner = _owner()
+    if isinstance(owner, Layer):
+        return owner.built or owner.quantization_mode is not None
+    return isinstance(owner, (BaseOptimizer, Metric))
+
+
+def is_in_layer():
+    """Whether a layer builds itself, is called, or lays out what its call has
+    returned."""
+    from keras.src.layers import Layer
+
+    return isinstance(_owner(), Layer)
+
+
+def _owner():
+    """The layer, optimizer or metric whose name is the innermost scope."""
+    scopes = global_state.get_global_attribute("name_scope_stack")
+    return scopes[-1].caller if scopes else None
 
 
 def shard(value, mesh, placements):
