@@ -119,10 +119,14 @@ class _Lists:
 def _models():
     from keras.src import layers
     from keras.src import models
+    from keras.src import quantizers
     from keras.src.models.functional import Functional
 
     return types.SimpleNamespace(
-        Layer=layers.Layer, Sequential=models.Sequential, Functional=Functional
+        AbsMaxQuantizer=quantizers.AbsMaxQuantizer,
+        Functional=Functional,
+        Layer=layers.Layer,
+        Sequential=models.Sequential,
     )
 
 
@@ -169,7 +173,23 @@ def _is_known(layer, is_inner=True):
             for axis in tree.flatten(own.get(name))
         )
         and keeps_rows(own.get("equation"))
+        and _quantizes_rows(layer)
         and all(map(_is_known, layer._layers))
+    )
+
+
+def _quantizes_rows(layer):
+    """Whether a layer that may be quantized scales each row by itself."""
+    if layer.quantization_mode == "float8":
+        return False  # It keeps the largest entry of all rows.
+    quantizer = getattr(layer, "inputs_quantizer", None)
+    if quantizer is None:
+        return True
+    axes = getattr(layer, "quantization_axis", None) or quantizer.axis
+    return (
+        type(quantizer) is _models().AbsMaxQuantizer
+        and axes is not None
+        and all(axis == -1 or axis > 0 for axis in axes)
     )
 
 
