@@ -317,3 +317,49 @@ def test_variables_that_are_arguments(axes):
     }
     distribution = parity.model_parallel((1, 2), layouts)
     parity.assert_parity(make_model, x, y, distribution)
+
+
+# A mean of a cut dim and a sum of it are addends of unlike kinds to torch.
+MIXED = {
+    "from a mean": lambda x: x - ops.mean(x, -1, keepdims=True),
+    "from a mean of all": lambda x: x * ops.mean(x) - ops.mean(x, 0),
+    "sum and mean": lambda x: (
+        ops.sum(x, -1, keepdims=True) * x - ops.mean(x, -1, keepdims=True)
+    ),
+    "max and mean": lambda x: (
+        ops.max(x, -1, keepdims=True) * ops.mean(x, -1, keepdims=True) - x
+    ),
+    "joined": lambda x: ops.stack(
+        [ops.sum(x, -1), ops.mean(x, -1), ops.prod(x, -1)], -1
+    ),
+    "in place": lambda x: (
+        torch.sum(x, -1, keepdim=True).add_(torch.mean(x, -1, keepdim=True)) * x
+    ),
+    "where": lambda x: ops.where(
+        ops.sum(x, -1, keepdims=True) > ops.mean(x, -1, keepdims=True),
+        x,
+        ops.mean(x, -1, keepdims=True),
+    ),
+    "deviation": lambda x: (
+        (x - ops.mean(x, -1, keepdims=True))
+        / ops.sqrt(ops.var(x, -1, keepdims=True) + 0.1)
+    ),
+}
+
+
+@pytest.mark.world(2)
+@pytest.mark.parametrize("axes", [("model", None), (None, "model")])
+def test_sums_and_means_of_shards_mix(axes):
+    def make_model(function):
+        inputs = keras.Input((5,))
+        x = keras.layers.Dense(4, name="cut")(inputs)
+        x = Called(function)(x)[0]
+        return keras.Model(inputs, keras.layers.Flatten()(x))
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 5)).astype("float32")
+    distribution = parity.model_parallel((1, 2), {".*cut/kernel": axes})
+    for function in MIXED.values():
+        make = functools.partial(make_model, function)
+        y = np.ones(keras.ops.shape(make()(x)), "float32")
+        parity.assert_parity(make, x, y, distribution)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from keras.src.backend.common import KerasVariable
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution import trials
 from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.global_rows import table
 from keras.src.backend.torch.distribution.global_rows.carrier import (
@@ -88,10 +89,6 @@ SHARDED = frozenset(
 OF_VIEWS = frozenset(
     "__matmul__ einsum flatten linear matmul reshape unflatten view".split()
 )
-
-# What DTensor raises where a rule is missing or does not fit. Not more: a
-# checkpoint ends its recomputation by an exception of its own.
-FAILURES = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
@@ -166,12 +163,12 @@ class OnShards(TorchFunctionMode):
             why = "it is laid out over the data axis too"
             return on_whole_values(func, args, kwargs, why)
         if name in SHARDED and _can_be_sharded(func, args, shards):
-            try:
-                return on_dtensors(func, args, kwargs, shards[0].device_mesh)
-            except FAILURES as error:
-                # No rule for these shards. An error of the program's own comes
-                # again below, in its own words.
-                why = str(error)
+            mesh = shards[0].device_mesh
+            why = trials.why_not(on_dtensors, func, args, kwargs, mesh)
+            if why is None:
+                return on_dtensors(func, args, kwargs, mesh)
+            # An error of the program's own comes again below, in its own
+            # words.
         else:
             why = "it has no rule"
         return on_whole_values(func, args, kwargs, why)
