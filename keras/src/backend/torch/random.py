@@ -82,43 +82,39 @@ def _ours(batch, size):
 
 def _for_all_rows(function):
     """A function that draws a shape: for the global batch, if that is asked
-    for and the first dim is the rows of our data shard."""
+    for and the first dim is the rows of our data shard. A single number is no
+    row's: it is the same on all processes."""
 
     @functools.wraps(function)
     def draw(shape, *args, **kwargs):
         context = current()
-        if _draws_for_rows(context):
-            batch = _batch(context)
-            ours = batch and _ours(batch, shape[0])
-            if ours:
-                shape = (batch.total, *shape[1:])
-                return function(shape, *args, **kwargs)[ours]
+        if not _draws_for_rows(context):
+            return function(shape, *args, **kwargs)
+        if not len(shape):
+            with modes_lib.drawing_initial_values():
+                return function(shape, *args, **kwargs)
+        batch = _batch(context)
+        ours = batch and _ours(batch, shape[0])
+        if ours and not any(map(_is_of_rows, (*args, *kwargs.values()))):
+            shape = (batch.total, *shape[1:])
+            return function(shape, *args, **kwargs)[ours]
         return function(shape, *args, **kwargs)
 
     return draw
 
 
-def _scalars_for_all(function):
-    """A function that draws a shape: a single number is no row's, so that it
-    is the same on all processes."""
-
-    @functools.wraps(function)
-    def draw(shape, *args, **kwargs):
-        if len(shape) or not _draws_for_rows(current()):
-            return function(shape, *args, **kwargs)
-        with modes_lib.drawing_initial_values():
-            return function(shape, *args, **kwargs)
-
-    return draw
+def _is_of_rows(parameter):
+    """Whether a parameter of a draw may have an entry for each row."""
+    return getattr(parameter, "ndim", 0) > 0
 
 
-normal = _scalars_for_all(_for_all_rows(upstream.normal))
-randint = _scalars_for_all(_for_all_rows(upstream.randint))
-uniform = _scalars_for_all(_for_all_rows(upstream.uniform))
-truncated_normal = _scalars_for_all(upstream.truncated_normal)
-gamma = _scalars_for_all(upstream.gamma)
-binomial = _scalars_for_all(upstream.binomial)
-beta = _scalars_for_all(upstream.beta)
+beta = _for_all_rows(upstream.beta)
+binomial = _for_all_rows(upstream.binomial)
+gamma = _for_all_rows(upstream.gamma)
+normal = _for_all_rows(upstream.normal)
+randint = _for_all_rows(upstream.randint)
+truncated_normal = _for_all_rows(upstream.truncated_normal)
+uniform = _for_all_rows(upstream.uniform)
 
 
 def dropout(inputs, rate, noise_shape=None, seed=None):

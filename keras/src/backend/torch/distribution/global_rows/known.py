@@ -13,6 +13,7 @@ import types
 import weakref
 
 from keras.src import tree
+from keras.src.backend.torch.distribution.context import current
 
 LAYERS = """
     Activation ELU LeakyReLU PReLU ReLU Softmax AdditiveAttention Attention
@@ -34,7 +35,7 @@ LAYERS = """
     RandomGaussianBlur RandomGrayscale RandomHue RandomInvert RandomPerspective
     RandomPosterization RandomRotation RandomSaturation RandomSharpness
     RandomShear RandomTranslation RandomZoom Resizing Solarization
-    MelSpectrogram Normalization Rescaling STFTSpectrogram
+    Normalization Rescaling STFTSpectrogram
     AlphaDropout Dropout GaussianDropout GaussianNoise SpatialDropout1D
     SpatialDropout2D SpatialDropout3D Cropping1D Cropping2D Cropping3D Flatten
     Permute RepeatVector Reshape UpSampling1D UpSampling2D UpSampling3D
@@ -48,6 +49,13 @@ LAYERS = """
 OF_ONE_DIM = """
     ELU LeakyReLU ReLU Embedding Identity Add Average Maximum Minimum Multiply
     Subtract Rescaling AlphaDropout Dropout GaussianDropout GaussianNoise
+    """.split()
+
+# What they draw may look like a draw for rows and be none, such as two numbers
+# for all images. So where all shards shall draw what one device draws, they see
+# the global batch.
+OF_ALL_DRAWS = """
+    AugMix RandAugment RandomElasticTransform RandomGaussianBlur
     """.split()
 
 # They take a tensor of three dims for one image.
@@ -93,6 +101,7 @@ class _Lists:
         self.of_one_dim = named(OF_ONE_DIM)
         self.of_images = named(OF_IMAGES)
         self.of_masks = named(OF_MASKS)
+        self.of_all_draws = named(OF_ALL_DRAWS)
         # They count with rows as `losses.loss` and `metric_states` say.
         self.losses = classes(losses, losses.Loss)
         self.wrapper = functions.LossFunctionWrapper
@@ -162,6 +171,7 @@ def _is_known(layer, is_inner=True):
     return (
         type(layer) in lists().layers
         and not getattr(layer, "stateful", False)
+        and not (type(layer) in lists().of_all_draws and _draws_for_all())
         and all(
             value in lists().activations
             for name, value in own.items()
@@ -191,6 +201,11 @@ def _quantizes_rows(layer):
         and axes is not None
         and all(axis == -1 or axis > 0 for axis in axes)
     )
+
+
+def _draws_for_all():
+    context = current()
+    return context is not None and context.distribution.draw_global_batch
 
 
 def keeps_rows(equation):
