@@ -10,6 +10,24 @@ from keras import layers
 pytestmark = [pytest.mark.world(2), pytest.mark.limit(120)]
 
 LENGTH, WIDTH = 3, 8
+
+
+def everything(axis):
+    """A key for each of the weights, which what they are quantized with
+    matches too."""
+    return {
+        ".*dense/(kernel.*|scale)": (axis, None),
+        ".*(einsum|query|key|value|attention_output)/kernel.*": (
+            axis,
+            None,
+            None,
+        ),
+        ".*embeddings.*": (axis, None),
+        ".*(query|key|value)/bias": (axis, None),
+        ".*(dense|attention_output)/bias": (axis,),
+    }
+
+
 LAYOUTS = {
     "outputs": {
         ".*dense/kernel": (None, "model"),
@@ -19,7 +37,8 @@ LAYOUTS = {
             "model",
         ),
         ".*embeddings": (None, "model"),
-        ".*/bias": ("model",),
+        ".*dense/bias": ("model",),
+        ".*(query|key|value)/bias": (None, "model"),
     },
     "inputs": {
         ".*dense/kernel": ("model", None),
@@ -35,8 +54,8 @@ LAYOUTS = {
         ".*(einsum|query|key|value)/kernel": (None, "batch", "model"),
         ".*embeddings": ("batch", "model"),
     },
-    "everything": {".*": ("batch",)},
-    "everything, model": {".*": ("model",)},
+    "everything": everything("batch"),
+    "everything, model": everything("model"),
 }
 
 

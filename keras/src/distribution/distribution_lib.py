@@ -227,17 +227,11 @@ class ModelParallel(Distribution, upstream.ModelParallel):
         layout = self._layout_map.use(variable.path)
         if layout is None or getattr(variable, "_layout", None) is not None:
             return super().get_variable_layout(variable)
-        # An empty one says that the variable is whole.
-        if len(layout.axes) not in (0, len(variable.shape)):
-            raise ValueError(
-                "A layout has an entry for each dim of its variable, an axis "
-                "of the mesh or None. Received: "
-                f"key='{self._layout_map.key_of(variable.path)}', "
-                f"layout={tuple(layout.axes)}, path='{variable.path}', "
-                f"shape={tuple(variable.shape)}: {len(layout.axes)} entries "
-                f"for {len(variable.shape)} dims"
-            )
         return layout
+
+    def key_of(self, path):
+        """The key of the layout map that a path matches, None without one."""
+        return self._layout_map.key_of(path)
 
     def get_tensor_layout(self, path):
         return self._layout_map.use(path)

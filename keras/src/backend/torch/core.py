@@ -52,8 +52,9 @@ class Variable(upstream.Variable):
         else:
             layout = self._layout
             if layout is None:
-                layout = context.distribution.get_variable_layout(self)
-                layout = storage.fitting(layout, self)
+                distribution = context.distribution
+                layout = distribution.get_variable_layout(self)
+                layout = storage.fitting(layout, self, distribution)
             self._layout = layout
             placements = context.placements(layout, self._shape, self.path)
             if metric_states.is_state(self):

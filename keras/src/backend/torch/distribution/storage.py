@@ -25,28 +25,39 @@ from keras.src.backend.torch.distribution.modes import modes
 TAKEN = "_keras_variable_of"
 
 
-def fitting(layout, variable):
+def fitting(layout, variable, distribution):
     """The layout that a key of the layout map gives to a variable.
 
-    Keys are written for the weights that a layer is built with. What is made
-    of those later may match too, and have fewer dims: slots of an optimizer,
-    states of a metric, what a layer is quantized or adapted with. That, and a
-    scalar, stays whole. (Of a weight itself it is an error.)
+    Keys are written for the weights that a layer is built with, and must have
+    an entry for each of their dims. What is made of those later may match too,
+    and have other dims: slots of an optimizer, states of a metric, what a layer
+    is quantized or adapted with. That, and what is no weight (a scalar, the
+    state of a seed), stays whole. An empty layout says that a weight is whole.
 
     Args:
         layout: `TensorLayout`.
         variable: of known shape and path.
+        distribution: the `Distribution` that gives the layout.
+
+    Raises:
+        ValueError: if a weight of a layer has another number of dims.
     """
-    ndim = len(variable._shape)
-    if len(layout.axes) <= ndim or (ndim and not _is_made_later()):
+    shape = variable._shape
+    if len(layout.axes) in (0, len(shape)):
         return layout
-    logger.info(
-        "variable '%s' of shape %s stays whole: its key lays out %d dims",
-        variable.path,
-        variable._shape,
-        len(layout.axes),
+    key_of = getattr(distribution, "key_of", lambda path: None)
+    said = (
+        f"key='{key_of(variable.path)}', layout={tuple(layout.axes)}, "
+        f"path='{variable.path}', shape={shape}: {len(layout.axes)} entries "
+        f"for {len(shape)} dims"
     )
-    return type(layout)([None] * ndim, layout.device_mesh)
+    if shape and "float" in variable.dtype and not _is_made_later():
+        raise ValueError(
+            "A layout has an entry for each dim of its variable, an axis of "
+            f"the mesh or None. Received: {said}"
+        )
+    logger.info("variable '%s' stays whole: %s", variable.path, said)
+    return type(layout)([None] * len(shape), layout.device_mesh)
 
 
 def _is_made_later():
