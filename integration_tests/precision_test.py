@@ -10,6 +10,7 @@ import keras
 from integration_tests import parity
 from keras import layers
 from keras import ops
+from keras.src import tree
 
 LAYOUTS = {
     "table/embeddings": ("model", "batch"),
@@ -112,6 +113,35 @@ def test_policy(name, world_size):
 @pytest.mark.parametrize("name", ["mixed_bfloat16", "mixed_float16"])
 def test_policy_on_both_axes(name, world_size):
     check(name, [(2, 2)])
+
+
+FIRST_DIMS = {
+    "table/embeddings": ("model", None),
+    "(column|row|spread|head)/kernel": ("model", "batch"),
+    "attention/(query|key|value)/kernel": ("model", None, None),
+    "attention/attention_output/kernel": ("model", None, None),
+}
+
+
+@pytest.mark.world(4)
+@pytest.mark.parametrize(
+    "layouts", [LAYOUTS, FIRST_DIMS], ids=["mixed", "first"]
+)
+def test_sums_of_shards_round_as_one_device_does(layouts, world_size):
+    """bfloat16 lies as far from float32 as it does on one device."""
+
+    def numbers(result):
+        parts = result["gradients"], result["predictions"]
+        flat = [[np.ravel(x) for x in tree.flatten(part)] for part in parts]
+        return [np.concatenate(part) for part in flat]
+
+    truth = numbers(train("float32"))
+    one = numbers(train("mixed_bfloat16"))
+    mesh = parity.model_parallel((2, 2), layouts)
+    ours = numbers(train("mixed_bfloat16", mesh))
+    for right, expected, actual in zip(truth, one, ours):
+        error = np.linalg.norm(expected - right)
+        assert np.linalg.norm(actual - right) <= 1.3 * error
 
 
 @pytest.mark.world(2)
