@@ -68,7 +68,8 @@ def test_initial_weights(world_size):
     for shape in [(1, 2), (2, 1)]:
         for axes in [(None, "model"), ("batch", None)]:
             actual = run(
-                program, parity.model_parallel(shape, {"everything/.*": axes})
+                program,
+                parity.model_parallel(shape, {"everything/(?!STFT).*": axes}),
             )
             parity.assert_same(actual, expected, 0)
 

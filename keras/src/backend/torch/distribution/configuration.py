@@ -1,6 +1,9 @@
 """What a model was configured with, as facts that processes compare."""
 
+import base64
+import marshal
 import numbers
+import re
 import zlib
 
 import numpy as np
@@ -11,8 +14,19 @@ from keras.src.backend.torch.distribution import agreement
 # Arguments of `fit` and its like that may differ, or are compared elsewhere.
 FREE = {"x", "y", "sample_weight", "validation_data", "callbacks", "verbose"}
 
-# Of a layer's configuration: what is made of other layers, compared by itself.
-NESTED = {"layers", "layer", "cell", "input_layers", "output_layers"}
+# A longer text is no name, but something written down: not bit by bit the same.
+LONGEST = 400
+
+# Of a layer's configuration: what is made of other layers, compared by itself,
+# and a torch module, which is written with all of its weights.
+NESTED = {
+    "layers",
+    "layer",
+    "cell",
+    "input_layers",
+    "output_layers",
+    "module",
+}
 
 
 def facts_of_model(model):
@@ -78,10 +92,18 @@ def plain(value, depth=6):
 
     Functions are their names and their code; of what is not known, its class.
     """
-    if value is None or isinstance(value, (bool, str, bytes, numbers.Number)):
+    if isinstance(value, str) and len(value) > LONGEST:
+        return f"{value[:20]}..."
+    if isinstance(value, str):
+        return re.sub(" at 0x[0-9a-f]+", "", value)
+    if value is None or isinstance(value, (bool, bytes, numbers.Number)):
         return value
     if depth == 0:
         return type(value).__name__
+    if isinstance(value, dict) and value.get("class_name") == "__lambda__":
+        # Keras writes it by `marshal`, whose bytes depend on who else refers to
+        # what it writes.
+        return _lambda_of(value["config"])
     if isinstance(value, dict):
         items = sorted(value.items(), key=lambda item: str(item[0]))
         return {str(key): plain(each, depth - 1) for key, each in items}
@@ -93,6 +115,13 @@ def plain(value, depth=6):
         taken = agreement.sample(value)
         return taken if isinstance(taken, str) else taken.tolist()
     code = getattr(value, "__code__", None)
-    if code is not None:
-        return f"{value.__qualname__}, code {zlib.crc32(code.co_code):x}"
-    return type(value).__name__
+    return type(value).__name__ if code is None else _text_of(code)
+
+
+def _lambda_of(config):
+    data = config["value"] if isinstance(config, dict) else config
+    return _text_of(marshal.loads(base64.b64decode(data[0])))
+
+
+def _text_of(code):
+    return f"{code.co_qualname}, code {zlib.crc32(code.co_code):x}"

@@ -22,6 +22,7 @@ from torch.distributed.tensor import Shard
 
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution.modes import modes
 
 COLUMN_INPUT = "_keras_column_input"
 
@@ -195,9 +196,9 @@ def _column_input(x, x_dim, inputs, steps, group):
     """The whole input, whose gradient is a sum over processes.
 
     Layers that share an input (query, key and value) share this too, so that
-    the gradient is summed once for all of them. The input remembers it for as
-    long as a layer has saved it for backward: it may be a view, which keeps
-    the input, so that a strong reference would keep both for ever.
+    the gradient is summed once for all of them. It lives while the layer that
+    is made of them runs; the input itself has no strong reference to it, as it
+    may be a view, which keeps the input: both would stay for ever.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         if x_dim is None:
@@ -216,6 +217,8 @@ def _column_input(x, x_dim, inputs, steps, group):
                 x, x_dim, inputs.shape[x_dim], group
             )
         shared[key] = result
+        if modes.shared is not None and not torch.compiler.is_compiling():
+            modes.shared.append(result)
     return result
 
 

@@ -63,6 +63,9 @@ def _call_outermost(context, function, args, kwargs):
 def _call(layer, context, args, kwargs):
     modes.calls += 1
     outer, modes.layer = modes.layer, layer
+    shared = modes.shared
+    if layer._layers:
+        modes.shared = []
     try:
         if modes.gathered is not None or (
             context.model_mesh is None and not plan.is_recurrent(layer)
@@ -88,6 +91,7 @@ def _call(layer, context, args, kwargs):
     finally:
         modes.calls -= 1
         modes.layer = outer
+        modes.shared = shared
     if not modes.calls and not modes.sharded_outputs:
         outputs = tree.map_structure(activations.whole, outputs)
     return outputs

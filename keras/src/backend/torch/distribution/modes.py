@@ -20,6 +20,9 @@ class _Modes(threading.local):
     on_dtensors = False  # the innermost of them runs on DTensors
     whole = False  # the innermost of them runs on whole weights
     gathered = None  # dict of whole weights, inside a layer that repeats itself
+    shared = (
+        None  # list of what inner layers share, while a layer made of them runs
+    )
     local = False  # inside an elementwise update on local shards
     updates = False  # an optimizer's: what weights meet is equal everywhere
     stored = False  # reading what is stored, even inside a layer's call
@@ -116,7 +119,7 @@ def as_now():
     names = [
         name
         for name in vars(_Modes)
-        # That one is entered, not set.
-        if not name.startswith("_") and name != "on_shards"
+        # These are of one call, not set.
+        if not name.startswith("_") and name not in ("on_shards", "shared")
     ]
     return _set(**{name: getattr(modes, name) for name in names})

@@ -31,8 +31,8 @@ def fitting(layout, variable, distribution):
     Keys are written for the weights that a layer is built with, and must have
     an entry for each of their dims. What is made of those later may match too,
     and have other dims: slots of an optimizer, states of a metric, what a layer
-    is quantized or adapted with. That, and what is no weight (a scalar, the
-    state of a seed), stays whole. An empty layout says that a weight is whole.
+    is quantized or adapted with. That, and what is no weight (a scalar, a state
+    that is not trained), stays whole. An empty layout says so of a weight.
 
     Args:
         layout: `TensorLayout`.
@@ -51,7 +51,7 @@ def fitting(layout, variable, distribution):
         f"path='{variable.path}', shape={shape}: {len(layout.axes)} entries "
         f"for {len(shape)} dims"
     )
-    if shape and "float" in variable.dtype and not _is_made_later():
+    if shape and variable.trainable and not _is_made_later():
         raise ValueError(
             "A layout has an entry for each dim of its variable, an axis of "
             f"the mesh or None. Received: {said}"

@@ -210,7 +210,7 @@ def test_repr_does_not_communicate(fake_world, monkeypatch):
 def test_layout_that_does_not_fit_names_the_variable(fake_world):
     fake_world(WORLD)
     with model_parallel({"kernel": (None, None, "model")}).scope():
-        with pytest.raises(ValueError, match="'kernel' has more dims.*3 > 2"):
+        with pytest.raises(ValueError, match="path='kernel'.* 3 entries for 2"):
             variable(np.ones((2, 4)))
 
 
