@@ -13,7 +13,7 @@ TENSOR_PARALLEL = {
 }
 FULLY_SHARDED = {
     ".*(up|out|inner)/kernel": ("batch", None),
-    "(?!.*(query|key|value)/bias).*(bias|scale|state)": ("batch",),
+    "(?!.*(query|key|value|_cell)/bias).*(bias|scale|state)": ("batch",),
     ".*kept": ("batch", None),
 }
 BOTH = {
