@@ -119,8 +119,12 @@ def plain(value, depth=6):
 
 
 def _lambda_of(config):
-    data = config["value"] if isinstance(config, dict) else config
-    return _text_of(marshal.loads(base64.b64decode(data[0])))
+    # The layer `Lambda` names its parts; elsewhere code comes first of three.
+    if "code" in config:
+        code = config["code"]
+    else:
+        code = config["value"][0]
+    return _text_of(marshal.loads(base64.b64decode(code)))
 
 
 def _text_of(code):

@@ -81,3 +81,26 @@ def test_what_holds_itself_ends():
     value = []
     value.append(value)
     assert configuration.plain(value)
+
+
+def test_lambdas_that_keras_writes():
+    def facts(function, activation):
+        model = models.Sequential(
+            [
+                layers.Input((3,)),
+                layers.Lambda(function, name="own"),
+                layers.Dense(2, activation, name="dense"),
+            ],
+            name="m",
+        )
+        model.compile("sgd", lambda y, y_pred: y - y_pred)
+        return configuration.facts_of_model(model)
+
+    one = facts(lambda x: x + 1, lambda x: x * 2)
+    same = facts(lambda x: x + 1, lambda x: x * 2)
+    other = facts(lambda x: x * 3, lambda x: x - 2)
+    assert "<lambda>, code" in one["compile, loss"]
+    names = [n for n in one if "own, function" in n or "dense, activ" in n]
+    assert len(names) == 2
+    for name in names:
+        assert one[name] == same[name] != other[name]
