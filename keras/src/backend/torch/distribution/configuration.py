@@ -100,10 +100,11 @@ def plain(value, depth=6):
         return value
     if depth == 0:
         return type(value).__name__
-    if isinstance(value, dict) and value.get("class_name") == "__lambda__":
+    written = _written_function(value)
+    if written is not None:
         # Keras writes it by `marshal`, whose bytes depend on who else refers to
         # what it writes.
-        return _lambda_of(value["config"])
+        return _text_of(marshal.loads(base64.b64decode(written)))
     if isinstance(value, dict):
         items = sorted(value.items(), key=lambda item: str(item[0]))
         return {str(key): plain(each, depth - 1) for key, each in items}
@@ -118,13 +119,18 @@ def plain(value, depth=6):
     return type(value).__name__ if code is None else _text_of(code)
 
 
-def _lambda_of(config):
-    # The layer `Lambda` names its parts; elsewhere code comes first of three.
-    if "code" in config:
-        code = config["code"]
-    else:
-        code = config["value"][0]
-    return _text_of(marshal.loads(base64.b64decode(code)))
+def _written_function(value):
+    """The code of a lambda in a configuration of Keras's, None if it is not."""
+    if not isinstance(value, dict):
+        return None
+    if set(value) == {"code", "defaults", "closure"}:  # of the layer `Lambda`
+        return value["code"]
+    parts = value.get("value")
+    if set(value) != {"value"} or not isinstance(parts, (list, tuple)):
+        return None
+    # Code, defaults and closure.
+    is_function = len(parts) == 3 and isinstance(parts[0], str)
+    return parts[0] if is_function else None
 
 
 def _text_of(code):
