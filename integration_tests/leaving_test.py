@@ -43,6 +43,8 @@ print("trained", flush=True)
 """
 
 WORKERS = """
+import os
+
 import keras
 import torch
 
@@ -65,10 +67,61 @@ loader = torch.utils.data.DataLoader(
 )
 try:
     for batch in loader:
-        print("read", batch.tolist(), flush=True)
+        # One write: the lines of two processes do not mix.
+        os.write(1, f"read {batch.tolist()}\\n".encode())
 except RuntimeError as error:
     assert "a worker that one of them has started" in str(error), error
     print("told", flush=True)
+"""
+
+# What is registered first is called last. Threads of libraries in C++ are
+# known to the operating system alone.
+ENDS = """
+import atexit
+import collections
+import os
+
+
+def threads():
+    names = collections.Counter()
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{{task}}/comm") as file:
+            names[file.read().strip()] += 1
+    return {{n: c for n, c in names.items() if "gloo" in n}}
+
+
+def show(when):
+    os.write(1, f"{{when}} with {{threads()}}\\n".encode())
+
+
+atexit.register(show, "left")
+
+import keras
+import numpy as np
+from keras import ops
+
+keras.distribution.initialize()
+mesh = keras.distribution.DeviceMesh({shape}, ["batch", "model"])
+layouts = keras.distribution.LayoutMap(mesh)
+layouts[".*kernel"] = (None, "model")
+keras.distribution.set_distribution(
+    keras.distribution.ModelParallel(layout_map=layouts)
+)
+
+
+class Centered(keras.layers.Layer):
+    def call(self, x):
+        return x - ops.mean(ops.sort(x, axis=0), axis=0)
+
+
+inputs = keras.Input((4,))
+x = keras.layers.Dense(6)(inputs)
+x = keras.layers.BatchNormalization()(Centered()(x))
+model = keras.Model(inputs, keras.layers.Dense(2)(x))
+model.compile("sgd", "mse", metrics=["mae"])
+model.fit(np.ones((5, 4)), np.ones((5, 2)), verbose=0)
+kept = model.predict(np.ones((3, 4)), verbose=0), model.get_weights()
+show("ends")
 """
 
 
@@ -160,3 +213,14 @@ def test_workers_join_nothing(torchrun):
     output, _ = torchrun(WORKERS)
     assert output.count("read [0]") == 2
     assert output.count("told") == 2
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/task"),
+    reason="the threads of C++ libraries are read from /proc",
+)
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
+def test_no_thread_outlives_its_process_group(shape, torchrun):
+    output, _ = torchrun(ENDS.format(shape=shape))
+    assert output.count("ends with {'gloo") == 2, output
+    assert output.count("left with {}") == 2, output

@@ -109,7 +109,7 @@ class Pass:
             if number in self.grads
         }
         owed = {n: self._owed(n) for n in bucket.numbers}
-        arguments = grads, self.weight, self.reducer.group, owed
+        arguments = grads, self.weight, self.reducer.context.data_group, owed
         if self.differentiable:
             with torch.enable_grad():
                 self.reduced |= buckets.reduce(bucket, *arguments)

@@ -113,12 +113,10 @@ class Context:
         self.axis_names = names
         self.data_axis = names.index(distribution.batch_dim_name)
         self.data_size = sizes[self.data_axis]
-        self.data_group = None
         self.data_index, self.data_ranks = 0, [dist.get_rank()]
         if self.data_size > 1:
             # Data shards are numbered as their group has them, which need not
             # be the order of the mesh: what a group gathers comes that way.
-            self.data_group = self.mesh.get_group(self.data_axis)
             self.data_index = dist.get_rank(self.data_group)
             self.data_ranks = dist.get_process_group_ranks(self.data_group)
         self.model_axes = [
@@ -137,6 +135,13 @@ class Context:
         self.model_placements_whole = (Replicate(),) * len(self.model_axes)
         self.reducer = Reducer(self) if self.data_size > 1 else None
         self.said = set()
+
+    @property
+    def data_group(self):
+        # Looked up, not kept: a group that is kept never ends.
+        if self.data_size == 1:
+            return None
+        return self.mesh.get_group(self.data_axis)
 
     @functools.cached_property
     def shards(self):

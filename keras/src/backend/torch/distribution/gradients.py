@@ -71,7 +71,6 @@ class Reducer:
 
     def __init__(self, context):
         self.context = context
-        self.group = context.data_group
         self._registered = 0
         self._parameters = weakref.WeakValueDictionary()
         # What a gradient of each is like, known after it has been freed too.
@@ -171,9 +170,11 @@ class Reducer:
         """Collective along the data axis: every process of it has the hook."""
         weight = rows.weight(self.context)
         if not isinstance(grad, DTensor):
-            return collectives.ReduceNow.apply(grad, weight, self.group)
+            return collectives.ReduceNow.apply(
+                grad, weight, self.context.data_group
+            )
         local = collectives.ReduceNow.apply(
-            sharded.Leave.apply(grad), weight, self.group
+            sharded.Leave.apply(grad), weight, self.context.data_group
         )
         return sharded.Enter.apply(
             local, grad.device_mesh, grad.placements, tuple(grad.shape)
@@ -242,7 +243,7 @@ class Reducer:
         )
         # The largest of these tells the smallest mark; 0 is none.
         flags[4] = 255 - flags[3]
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group)
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.context.data_group)
         anywhere, missed, returned, largest, smallest = flags
         self._check_same(_numbers(anywhere & (largest != 255 - smallest)))
         error = None

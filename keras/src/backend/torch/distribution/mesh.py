@@ -1,6 +1,7 @@
 """Keras's `DeviceMesh` as a torch mesh: one for each configuration."""
 
 import math
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -8,11 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from keras.src.backend.torch.distribution import process_group
 
-# Configuration -> torch mesh, of the process group `_GROUP[0]`. Every torch
-# mesh makes process groups, so equal configurations share one, and all are
-# dropped with the process group that they were made in.
+# Configuration -> torch mesh, of the process group `_GROUP[0]` refers to. Every
+# torch mesh makes process groups, so equal configurations share one, and all
+# are dropped with the process group that they were made in.
 _MESHES = {}
-_GROUP = [None]
+_GROUP = [lambda: None]
 
 
 def to_torch_mesh(device_mesh):
@@ -32,9 +33,10 @@ def to_torch_mesh(device_mesh):
         ValueError: if the mesh does not hold every process exactly once.
     """
     process_group.ensure_running()
-    if _GROUP[0] is not dist.group.WORLD:
+    if _GROUP[0]() is not dist.group.WORLD:
         _MESHES.clear()
-        _GROUP[0] = dist.group.WORLD
+        _GROUP[0] = weakref.ref(dist.group.WORLD)
+        process_group.before_leaving(release_groups)
     key = configuration(device_mesh)
     if key not in _MESHES:
         shape, names, ranks, device_type = key
@@ -44,6 +46,18 @@ def to_torch_mesh(device_mesh):
             mesh_dim_names=names,
         )
     return _MESHES[key]
+
+
+def release_groups():
+    """Drops what the meshes hold of process groups, so that these can end.
+
+    The meshes themselves stay, in variables that the user keeps.
+    """
+    for mesh in _MESHES.values():
+        # torch 2.13 keeps the groups of a mesh here for `torch.compile`; there
+        # is no public way to end those of one mesh.
+        mesh._pg_registry.clear()
+    _MESHES.clear()
 
 
 def configuration(device_mesh):

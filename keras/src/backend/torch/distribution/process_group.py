@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import warnings
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ ENVIRONMENT = {"init_method": "env://"}
 USED = "keras_torch_distribution/used"
 
 _said = set()
+_before_leaving = []
 
 
 def is_running():
@@ -261,7 +263,7 @@ def _join(world, rank, **rendezvous):
         store.underlying_store.set(USED, "yes")
     if world > 1:
         os.environ[JOINED] = _name_in_job()
-    atexit.register(_leave, dist.group.WORLD)
+    atexit.register(_leave, weakref.ref(dist.group.WORLD))
 
 
 def _store_of_torchrun():
@@ -298,15 +300,35 @@ def _what_nccl_lacks():
     return None
 
 
+def before_leaving(release):
+    """Calls `release()` as the interpreter ends, before the group ends.
+
+    A group ends when nothing refers to it any more. Whoever keeps a group, or
+    what torch made of it, for as long as the process lives registers here.
+    """
+    if release not in _before_leaving:
+        _before_leaving.append(release)
+
+
 def _leave(group):
     """Leaves the group as the interpreter ends.
 
+    The threads of gloo must end before the interpreter does: one that drops
+    the last reference to a tensor later than that asks for the lock of an
+    interpreter that is no more, which ends in `terminate called without an
+    active exception` (torch 2.13).
+
     After an exception the others may wait for this process, and what it has
     begun is never met: it waits for nothing, and lets them hear of it.
+
+    Args:
+        group: weak reference to the group that this process has joined.
     """
     os.environ.pop(JOINED, None)
-    if not is_running() or dist.group.WORLD is not group:
+    if not is_running() or dist.group.WORLD is not group():
         return
+    for release in _before_leaving:
+        release()
     failed = getattr(sys, "last_value", None) is not None
     if failed and "nccl" in dist.get_backend_config(group):
         # No public way in torch 2.13 to end all groups at once; NCCL ends

@@ -2,6 +2,7 @@ import random
 import sys
 import types
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -205,6 +206,7 @@ def test_backend_on_gpus(no_world, monkeypatch, caplog, has_nccl, gpus, lacks):
         lambda backend, **kwargs: joined.update(backend=backend, **kwargs),
     )
     monkeypatch.setattr(process_group.atexit, "register", lambda *args: None)
+    monkeypatch.setattr(process_group.weakref, "ref", lambda group: None)
     for rank in (0, 1):
         process_group._join(2, rank)
     if lacks is None:
@@ -300,7 +302,11 @@ def test_leaving(fake_world, monkeypatch, failed, backend):
     monkeypatch.setattr(
         sys, "last_value", ValueError() if failed else None, raising=False
     )
-    process_group._leave(dist.group.WORLD)
+    released = []
+    monkeypatch.setattr(process_group, "_before_leaving", [])
+    process_group.before_leaving(lambda: released.append(list(calls)))
+    process_group._leave(weakref.ref(dist.group.WORLD))
+    assert released == [[]]
     waits_for_nobody = failed and "nccl" in backend
     assert calls == ["aborted" if waits_for_nobody else "destroyed"]
     monkeypatch.undo()

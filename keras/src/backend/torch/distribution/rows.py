@@ -36,12 +36,11 @@ class Rows:
         start: our first entry among all.
         share: our part of them, 0 to 1.
         weight: what gradients of our rows count with; None for the share.
-        group: the process group of the data axis, where somebody's code
-            computes on all rows.
+        context: the `Context`, where user code computes on all rows.
     """
 
     weight_of_gradients = None
-    group = None
+    context = None
 
     def __init__(self, counts, index, entries=1):
         self.counts, self.index, self.entries = tuple(counts), index, entries
@@ -49,6 +48,11 @@ class Rows:
         self.total = sum(self.counts) * entries
         self.start = sum(self.counts[:index]) * entries
         self._of = {entries: self}
+
+    @property
+    def group(self):
+        """The process group of the data axis."""
+        return self.context.data_group
 
     @property
     def has_empty(self):
@@ -72,7 +76,7 @@ class Rows:
             known = self._of[entries] = Rows(self.counts, self.index, entries)
             known._of = self._of
             known.weight_of_gradients = self.weight_of_gradients
-            known.group = self.group
+            known.context = self.context
         return known
 
     def cut(self, x, dim):

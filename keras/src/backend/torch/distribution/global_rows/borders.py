@@ -49,7 +49,7 @@ class Step:
         rows = self._rows.get(counts)
         if rows is None:
             rows = rows_lib.Rows(counts, self.context.data_index)
-            rows.group = self.context.data_group
+            rows.context = self.context
             rows.weight_of_gradients = 1 / self.context.data_size
             self._rows[counts] = rows
         return rows

@@ -7,6 +7,7 @@ have no batch. Each is compared with plain torch: see `table_test`.
 import copy
 import operator
 import pickle
+import types
 
 import pytest
 import torch
@@ -856,7 +857,9 @@ def test_draws_are_those_of_one_device(fake_world):
 def test_what_cannot_be_right_raises(on_threads):
     def play(rank):
         rows = rows_lib.of_split(5, 2, rank)
-        rows.group = torch.distributed.group.WORLD
+        rows.context = types.SimpleNamespace(
+            data_group=torch.distributed.group.WORLD
+        )
         x = carrier.GlobalTensor(torch.ones(rows.local, 2), 0, rows)
         x.requires_grad_()
         for change in ("unsqueeze_", "squeeze_", "t_", "resize_"):

@@ -1,7 +1,5 @@
 """Rules of torch's neural functions, losses, draws, and questions."""
 
-import types
-
 import torch
 from torch.nn import functional as F
 
@@ -200,9 +198,9 @@ def batch_norm(func, args, kwargs):
         F.instance_norm: batch_norms.instance_norm,
         torch.batch_norm: batch_norms.native_batch_norm,
     }[func]
-    group = types.SimpleNamespace(data_group=x.rows.group)
+    context = x.rows.context
     return carrier.on_our_rows(
-        lambda local: function(group, local, *rest, **kwargs), [x], x.rows
+        lambda local: function(context, local, *rest, **kwargs), [x], x.rows
     )
 
 

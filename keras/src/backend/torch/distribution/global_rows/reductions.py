@@ -114,7 +114,7 @@ def extreme(func, args, kwargs):
     for dim in sorted(set(dims), reverse=True):
         part = getattr(torch, func.__name__)(part, dim, keepdim=True)
     each = rows_lib.Rows([1] * len(x.rows.counts), x.rows.index)
-    each.group = x.rows.group
+    each.context = x.rows.context
     parts = carrier.gathered(part, x.at, each)
     y = getattr(torch, func.__name__)(parts, x.at, keepdim=True)
     if bound.get("keepdim"):

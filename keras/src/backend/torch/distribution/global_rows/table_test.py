@@ -16,6 +16,7 @@ import itertools
 import os
 import random
 import threading
+import types
 import warnings
 import zlib
 from unittest import mock
@@ -180,7 +181,7 @@ class Case:
         """
         batches = [rows_lib.Rows(c, rank) for c in self.counts]
         for rows in batches:
-            rows.group = dist.group.WORLD
+            rows.context = types.SimpleNamespace(data_group=dist.group.WORLD)
             rows.weight_of_gradients = 1 / rows_of(rows)
         shards = rows_of(batches[0])
         tensors = [
