@@ -20,6 +20,12 @@ def pytest_addoption(parser):
         "one device, at most",
     )
     parser.addoption(
+        "--on-gpu",
+        action="store_true",
+        help="run the processes of all integration tests on the GPUs of this "
+        "machine, which they share",
+    )
+    parser.addoption(
         "--simulate-gpu",
         action="store_true",
         help="run the integration tests, those of a GPU too, on a device that "

@@ -51,6 +51,8 @@ def limit_of(item):
 
 def needs_gpu(item):
     """Whether the processes of a test item run on a GPU."""
+    if item.config.getoption("on_gpu", False):
+        return True
     return item.get_closest_marker("gpu") is not None
 
 

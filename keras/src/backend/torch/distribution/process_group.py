@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution import gloo_on_gpus
 
 logger = logging.getLogger("keras.distribution")
 
@@ -246,12 +247,15 @@ def _join(world, rank, **rendezvous):
         if lacks is None:
             backend = "cpu:gloo,cuda:nccl"  # gloo for what the host reads
             options["device_id"] = torch.device("cuda", index)
-        elif rank == 0:
-            logger.warning(
-                "Processes talk by gloo, through the memory of the host, which "
-                "is slower than NCCL: %s.",
-                lacks,
-            )
+        else:
+            gloo_on_gpus.install()
+            before_leaving(gloo_on_gpus.remove)
+            if rank == 0:
+                logger.warning(
+                    "Processes talk by gloo, through the memory of the host, "
+                    "which is slower than NCCL: %s.",
+                    lacks,
+                )
     store = _store_of_torchrun() if rendezvous == ENVIRONMENT else None
     if store is not None:
         rendezvous = {"store": store}

@@ -206,16 +206,24 @@ def test_backend_on_gpus(no_world, monkeypatch, caplog, has_nccl, gpus, lacks):
         lambda backend, **kwargs: joined.update(backend=backend, **kwargs),
     )
     monkeypatch.setattr(process_group.atexit, "register", lambda *args: None)
-    monkeypatch.setattr(process_group.weakref, "ref", lambda group: None)
+    weakrefs = types.SimpleNamespace(ref=lambda group: None)
+    monkeypatch.setattr(process_group, "weakref", weakrefs)
+    monkeypatch.setattr(process_group, "_before_leaving", [])
+    patched = []
+    monkeypatch.setattr(
+        process_group.gloo_on_gpus, "install", lambda: patched.append(True)
+    )
     for rank in (0, 1):
         process_group._join(2, rank)
     if lacks is None:
         assert joined["backend"] == "cpu:gloo,cuda:nccl"
         assert joined["device_id"] == torch.device("cuda", 1)
+        assert not patched
         assert not caplog.records
     else:
         assert joined["backend"] == "gloo"
         assert "device_id" not in joined
+        assert patched
         # Said once, with the reason.
         assert [lacks in record.getMessage() for record in caplog.records] == [
             True
