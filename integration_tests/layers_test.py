@@ -560,6 +560,8 @@ def test_heads(case, world_size):
 @pytest.mark.parametrize("axes", [("model", None), (None, "model")], ids=str)
 @pytest.mark.parametrize("index", [9, -10])
 def test_index_out_of_range_raises_on_all_processes(index, axes, world_size):
+    if keras.src.backend.torch.core.DEFAULT_DEVICE == "cuda":
+        pytest.skip("an assertion on a GPU ends what a process can do there")
     layouts = {"table/embeddings": axes}
     with parity.model_parallel((1, world_size), layouts).scope():
         layer = layers.Embedding(9, 4, name="table")

@@ -246,7 +246,7 @@ def ranked(layer, x):
 
 
 def covariance(layer, x):
-    return x + ops.matmul(x, ops.matmul(ops.transpose(x), x))
+    return x + ops.matmul(x, ops.matmul(ops.transpose(x), x)) / 100
 
 
 def similar(layer, x):
