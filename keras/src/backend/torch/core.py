@@ -39,6 +39,11 @@ class Variable(upstream.Variable):
     # By which the reducer knows it; see `gradients`.
     _gradient_number = None
 
+    def __init__(self, *args, **kwargs):
+        # Its value may be made when its maker is done.
+        self._is_made_later = storage.is_made_later()
+        super().__init__(*args, **kwargs)
+
     @modes.direct()
     def _initialize(self, value):
         context = current()
@@ -90,6 +95,12 @@ class Variable(upstream.Variable):
             value.register_hook(
                 functools.partial(laid_out.lay_out, layout=value.sharding)
             )
+
+    def _deferred_initialize(self):
+        # Keras comes again to those that are done where another one raises,
+        # as where a layout does not fit: that error is the one to be seen.
+        if self._value is None or current() is None:
+            super()._deferred_initialize()
 
     def _initialize_with_initializer(self, initializer):
         with modes.drawing_initial_values():

@@ -103,7 +103,7 @@ class TorchTrainer(upstream.TorchTrainer):
             self.predict_function,
         ):
             if isinstance(step, Step):
-                step.forget()
+                step.begin()
         arguments = inspect.signature(method).bind(*args, **kwargs).arguments
         # What is gathered under `**kwargs` goes back to where it came from.
         arguments.update(arguments.pop("kwargs", {}))
@@ -199,8 +199,7 @@ class Step:
         if not isinstance(data, rows.Batch):
             data = feeding.to_batch(data[0], context)
             # Nobody says when a loop of somebody's own begins.
-            self.is_known = None
-            known.forget()
+            self.forget()
             self.check_batch(data)
         facts = self.facts(data, context)
         if self.is_known is None:
@@ -218,11 +217,15 @@ class Step:
                     logs = self.run(data)
             return self.finish(logs, facts, context)
 
+    def begin(self):
+        """To be called as `fit`, `evaluate` or `predict` begins."""
+        self.forget()
+        self.steps = 0
+
     def forget(self):
         """Lets the next batch find out anew whose code is run."""
         self.is_known = None
         known.forget()
-        self.steps = 0
 
     def check_batch(self, data):
         """Nothing here: the reduction of logs tells whether batches differ."""
@@ -345,8 +348,7 @@ class PredictStep(Step):
 
         Collective: every process calls it.
         """
-        ballot = agreement.Ballot(data.facts)
-        ballot.check(agreement.add_up(ballot.numbers), "in a prediction")
+        agreement.compare(data.facts, "in a prediction")
 
     def finish(self, outputs, facts, context):
         own = self.model._get_own_metrics()
@@ -383,8 +385,7 @@ def _check_call(model, name, arguments):
     facts = configuration.facts_of_arguments(name, arguments)
     if name == "fit" and model.built:
         facts.update(configuration.facts_of_model(model))
-    ballot = agreement.Ballot(facts)
-    ballot.check(agreement.add_up(ballot.numbers), f"in `{name}`")
+    agreement.compare(facts, f"in `{name}`")
 
 
 class TorchEpochIterator(upstream.TorchEpochIterator):

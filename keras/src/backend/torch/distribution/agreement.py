@@ -28,6 +28,9 @@ DIGEST_BITS = 20
 # learning rate differ by more.
 ROUNDING, DRIFT = 1e-5, 1e-2
 
+# Floats that numpy has: bfloat16 and those of 8 bits are none of its own.
+IN_NUMPY = (torch.float16, torch.float32, torch.float64)
+
 PARTS_OF_DATA = ("x", "y", "sample_weight")
 SAMPLED_ROWS, SAMPLED_ENTRIES = 4, 16
 
@@ -123,6 +126,19 @@ class Ballot:
         total, squares = map(int, sums)
         if total * total != dist.get_world_size() * squares:
             check(self.facts, what)
+
+
+def compare(facts, what):
+    """Raises on all processes if their facts differ, by a sum of its own.
+
+    Collective: every process calls it.
+
+    Args:
+        facts: dict from names to plain values and numpy arrays.
+        what: string, what was under way.
+    """
+    ballot = Ballot(facts)
+    ballot.check(add_up(ballot.numbers), what)
 
 
 def check(facts, what="", shards=None):
@@ -247,14 +263,14 @@ def sample(x, rows=SAMPLED_ROWS):
     Returns:
         1-D numpy array, or a string.
     """
+    shape = getattr(x, "shape", "")
+    shape = tuple(shape) if isinstance(shape, tuple) else shape
+    kind = f"{getattr(x, 'dtype', '')} {shape}".strip()
     if isinstance(x, torch.Tensor):
-        kind = f"{x.dtype} {tuple(x.shape)}"
-        if x.device.type != "cpu" or x.layout is not torch.strided:
-            return kind
-        if not x.numel():
+        is_read = x.device.type == "cpu" and x.layout is torch.strided
+        if not is_read or not x.numel():
             return kind
         return _to_numpy(_taken(x.detach(), rows, torch.cat))
-    kind = f"{getattr(x, 'dtype', '')} {getattr(x, 'shape', '')}".strip()
     if not hasattr(x, "__array__") or not all(getattr(x, "shape", (0,))):
         return kind
     taken = _taken(x, rows, np.concatenate)
@@ -321,6 +337,6 @@ def facts_of_weights(variables):
 
 def _to_numpy(x):
     x = x.detach().cpu()
-    if x.dtype is torch.bfloat16:
+    if x.is_floating_point() and x.dtype not in IN_NUMPY:
         x = x.float()
     return x.resolve_conj().resolve_neg().numpy()

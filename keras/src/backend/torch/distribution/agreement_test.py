@@ -122,6 +122,12 @@ def test_sample_of_what_has_no_numbers():
     assert agreement.sample(object()) == ""
 
 
+def test_sample_of_floats_that_numpy_lacks():
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
+        taken = agreement.sample(torch.tensor([1.0, -2.0]).to(dtype))
+        assert taken.dtype == np.float32 and taken.tolist() == [1.0, -2.0]
+
+
 def test_parts_of_a_batch():
     x, y = np.arange(2), np.arange(3)
     assert list(agreement.facts_of_batch((x, y))) == ["batch, x", "batch, y"]

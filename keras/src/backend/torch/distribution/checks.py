@@ -41,8 +41,7 @@ def check_same_program(model):
 
     Collective: every process calls it.
     """
-    ballot = agreement.Ballot(configuration.facts_of_model(model))
-    ballot.check(agreement.add_up(ballot.numbers), "in the model")
+    agreement.compare(configuration.facts_of_model(model), "in the model")
 
 
 def facts_of_training(model, all_of_them):

@@ -17,16 +17,8 @@ FREE = {"x", "y", "sample_weight", "validation_data", "callbacks", "verbose"}
 # A longer text is no name, but something written down: not bit by bit the same.
 LONGEST = 400
 
-# Of a layer's configuration: what is made of other layers, compared by itself,
-# and a torch module, which is written with all of its weights.
-NESTED = {
-    "layers",
-    "layer",
-    "cell",
-    "input_layers",
-    "output_layers",
-    "module",
-}
+# Of a layer's configuration: other layers, which are compared by themselves.
+NESTED = {"layer", "cell"}
 
 
 def facts_of_model(model):
@@ -39,7 +31,7 @@ def facts_of_model(model):
     for layer in model._flatten_layers():
         name = f"layer {layer.path or layer.name}"
         facts[name] = type(layer).__name__
-        for key, value in _config_of(layer).items():
+        for key, value in _config_of_layer(layer).items():
             if key not in NESTED:
                 facts[f"{name}, {key}"] = plain(value)
     facts.update(_facts_of_compile(model))
@@ -69,6 +61,25 @@ def facts_of_arguments(name, arguments):
         for key, value in arguments.items()
         if key not in FREE
     }
+
+
+def _config_of_layer(layer):
+    from keras.src import models  # Imports the backend.
+    from keras.src.utils import torch_utils
+
+    # What these say of themselves has all that they are made of in it, all
+    # layers of a graph or all weights of a module, and takes as long.
+    whole = (
+        models.Functional,
+        models.Sequential,
+        torch_utils.TorchModuleWrapper,
+    )
+    if isinstance(layer, whole):
+        return {
+            "trainable": layer.trainable,
+            "dtype": layer.dtype_policy.name,
+        }
+    return _config_of(layer)
 
 
 def _config_of(thing):

@@ -79,7 +79,8 @@ class Reducer:
         # Whether somebody's code runs in a step, the same on all processes.
         self.is_in_step = False
         self._names = []
-        self._marks = []  # A number of 1 to 255 of each's name and shape.
+        # A number of 1 to 255 of each's name and shape.
+        self._marks = bytearray()
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
         self._pass = _no_pass
@@ -238,7 +239,7 @@ class Reducer:
         flags[1] = 1 - flags[0]
         flags[2, list(captured)] = 1
         flags[2, list(replaced)] = 2
-        flags[3, : self._registered] = torch.tensor(
+        flags[3, : self._registered] = torch.frombuffer(
             self._marks, dtype=torch.uint8
         )
         # The largest of these tells the smallest mark; 0 is none.

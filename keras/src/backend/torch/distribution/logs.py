@@ -66,15 +66,7 @@ def reduce_logs(metrics, states, logs, flags, context):
         _differs(logs[name], local.get(name)) * float(weight > 0)
         for name in others
     ]
-    # The host reads the flags, and must not wait for a GPU to do so.
-    on_host = not values or values[0].device.type == "cpu"
-    if on_host:
-        values.append(torch.tensor(flags, dtype=torch.float64))
-    # A number that a train step returns lies on the host.
-    state = torch.cat([v.to(values[0].device) for v in values])
-    dist.all_reduce(state)
-    reduced = state.split([v.numel() for v in values])
-    flags = reduced[-1].tolist() if on_host else add_up(flags)
+    reduced, flags = _add_up(values, flags)
     for variable, value in zip(states, reduced):
         metric_states.write_whole(variable, value, context)
     with metric_states.whole(states):
@@ -103,13 +95,7 @@ def reduce_global_logs(metrics, states, logs, flags, context):
     sums = [x for x in leaves if carrier.is_addend(x)]
     values = [metric_states.portion(v, 1.0, context) * share for v in states]
     values += [metric_states.flat(x.local) * share for x in sums]
-    on_host = not values or values[0].device.type == "cpu"
-    if on_host:
-        values.append(torch.tensor(flags, dtype=torch.float64))
-    state = torch.cat([v.to(values[0].device) for v in values])
-    dist.all_reduce(state)
-    reduced = state.split([v.numel() for v in values])
-    flags = reduced[-1].tolist() if on_host else add_up(flags)
+    reduced, flags = _add_up(values, flags)
     for variable, value in zip(states, reduced):
         metric_states.write_whole(variable, value, context)
     whole = {
@@ -120,6 +106,33 @@ def reduce_global_logs(metrics, states, logs, flags, context):
         metric_states.fulfil(states)
     leaves = [carrier.whole(whole.get(id(x), x)) for x in leaves]
     return tree.pack_sequence_as(logs, leaves), flags
+
+
+def _add_up(values, flags):
+    """The sums over processes of tensors and of numbers of the host, in one
+    collective if the tensors lie on the host too.
+
+    Collective: every process calls it.
+
+    Args:
+        values: list of 1-D tensors.
+        flags: list of numbers, added up in float64.
+
+    Returns:
+        Tuple of a list of tensors, and a list of numbers.
+    """
+    if not values:
+        return [], add_up(flags)
+    device = values[0].device
+    # The host reads the flags, and must not wait for a GPU to do so.
+    is_on_host = device.type == "cpu"
+    rides = [torch.tensor(flags, dtype=torch.float64)] if is_on_host else []
+    # A number that a train step returns lies on the host.
+    state = torch.cat([v.to(device) for v in [*values, *rides]])
+    dist.all_reduce(state)
+    sums = state.split([v.numel() for v in [*values, *rides]])
+    flags = sums[-1].tolist() if is_on_host else add_up(flags)
+    return sums[: len(values)], flags
 
 
 def _differs(log, result):

@@ -20,9 +20,7 @@ class _Modes(threading.local):
     on_dtensors = False  # the innermost of them runs on DTensors
     whole = False  # the innermost of them runs on whole weights
     gathered = None  # dict of whole weights, inside a layer that repeats itself
-    shared = (
-        None  # list of what inner layers share, while a layer made of them runs
-    )
+    shared = None  # list of what the layers inside one share, while it runs
     local = False  # inside an elementwise update on local shards
     updates = False  # an optimizer's: what weights meet is equal everywhere
     stored = False  # reading what is stored, even inside a layer's call

@@ -51,7 +51,7 @@ def fitting(layout, variable, distribution):
         f"path='{variable.path}', shape={shape}: {len(layout.axes)} entries "
         f"for {len(shape)} dims"
     )
-    if shape and variable.trainable and not _is_made_later():
+    if shape and variable.trainable and not variable._is_made_later:
         raise ValueError(
             "A layout has an entry for each dim of its variable, an axis of "
             f"the mesh or None. Received: {said}"
@@ -60,7 +60,7 @@ def fitting(layout, variable, distribution):
     return type(layout)([None] * len(shape), layout.device_mesh)
 
 
-def _is_made_later():
+def is_made_later():
     """Whether a variable that is being made is none of those that a layer is
     built with."""
     # They are imported after variables.

@@ -7,6 +7,8 @@ from torch.distributed.tensor import Shard
 
 from keras.src import backend
 from keras.src import initializers
+from keras.src import layers
+from keras.src import models
 from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import modes as modes_lib
 from keras.src.backend.torch.distribution import sharded
@@ -229,3 +231,28 @@ def test_half_precision_is_not_added_up_in_half_precision(on_threads):
         return stored.grad.to_local().tolist()
 
     assert on_threads(4, run) == [[[65.0]]] * 4
+
+
+def test_layout_that_does_not_fit_in_a_layer_made_of_layers(fake_world):
+    class Inner(layers.Layer):
+        def build(self, shape):
+            self.dense = layers.Dense(4, name="dense")
+            self.dense.build(shape)
+
+        def call(self, x):
+            return self.dense(x)
+
+    class Outer(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def call(self, x):
+            return self.inner(x)
+
+    fake_world(WORLD)
+    with model_parallel({"bias": (None, "model")}).scope():
+        # Keras builds it twice: this is what it says the second time.
+        with pytest.warns(UserWarning, match="unbuilt state"):
+            with pytest.raises(ValueError, match="2 entries for 1 dims"):
+                models.Sequential([layers.Input((4,)), Outer()])
