@@ -8,6 +8,7 @@ from keras.src.backend.torch import distribution_lib
 from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import process_group
 from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.gradients import Reducer
 from keras.src.distribution import distribution_lib as upstream
 
 __all__ = [
@@ -180,6 +181,8 @@ class Distribution(upstream.Distribution):
             return
         if not hasattr(self, context_lib.ATTRIBUTE):
             context = context_lib.Context(self)
+            if context.data_size > 1:
+                context.reducer = Reducer(context)
             setattr(self, context_lib.ATTRIBUTE, context)
 
 

@@ -6,6 +6,7 @@ with all others: no means over rows. Every data shard computes the global loss.
 
 from keras.src import backend
 from keras.src import ops
+from keras.src.backend.torch.distribution import gathers
 from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution import statistics
 from keras.src.losses import losses as upstream
@@ -70,7 +71,7 @@ def circle(
             y_true, y_pred, ref_labels, ref_embeddings, *args, **kwargs
         )
     y_true, y_pred = [
-        rows.GatherForLoss.apply(ops.convert_to_tensor(x), context)
+        gathers.GatherForLoss.apply(ops.convert_to_tensor(x), context)
         for x in (y_true, y_pred)
     ]
     losses = released_circle(y_true, y_pred, None, None, *args, **kwargs)

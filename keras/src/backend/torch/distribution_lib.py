@@ -12,6 +12,7 @@ from keras.src.backend.torch.core import convert_to_tensor
 from keras.src.backend.torch.distribution import activations
 from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import cuts
+from keras.src.backend.torch.distribution import gathers
 from keras.src.backend.torch.distribution import laid_out
 from keras.src.backend.torch.distribution import mesh as mesh_lib
 from keras.src.backend.torch.distribution import process_group
@@ -226,7 +227,7 @@ def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
         if global_state.get_global_attribute(ENTRY_POINTS) is None:
             global_state.set_global_attribute(ENTRY_POINTS, entry_points.Kept())
         return borders.Step(context).enter(batch, rows.Rows(counts, 0))
-    return rows.assemble(batch, counts, mesh, axis, placements)
+    return gathers.assemble(batch, counts, mesh, axis, placements)
 
 
 def initialize_rng():

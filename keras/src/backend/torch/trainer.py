@@ -14,6 +14,7 @@ from keras.src.backend.torch.distribution import agreement
 from keras.src.backend.torch.distribution import checks
 from keras.src.backend.torch.distribution import configuration
 from keras.src.backend.torch.distribution import feeding
+from keras.src.backend.torch.distribution import gathers
 from keras.src.backend.torch.distribution import logs as logs_lib
 from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
@@ -363,7 +364,7 @@ class PredictStep(Step):
             return outputs
         return tree.map_structure(
             lambda x: (
-                rows.gather(x, context)
+                gathers.gather(x, context)
                 if isinstance(x, torch.Tensor) and x.ndim
                 else x
             ),

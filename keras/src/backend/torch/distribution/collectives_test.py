@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import gathers
 from keras.src.backend.torch.distribution import rows
 
 WORLD = 3
@@ -208,7 +209,9 @@ FUNCTIONS = {
     "sum": lambda x, weight, context: collectives.SumOverData.apply(
         x, weight, context.data_group
     ),
-    "gather": lambda x, weight, context: rows.GatherForLoss.apply(x, context),
+    "gather": lambda x, weight, context: gathers.GatherForLoss.apply(
+        x, context
+    ),
 }
 
 

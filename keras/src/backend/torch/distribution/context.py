@@ -14,7 +14,6 @@ from keras.src.backend.common import global_state
 from keras.src.backend.torch.distribution import cuts
 from keras.src.backend.torch.distribution import mesh as mesh_lib
 from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution.gradients import Reducer
 
 logger = logging.getLogger("keras.distribution")
 
@@ -100,7 +99,7 @@ class Context:
         data_ranks: ranks of the processes of that group, in its order.
         model_axes: indices in `mesh` of the other axes of size > 1.
         model_mesh: torch mesh of these axes, None if there are none.
-        reducer: the `gradients.Reducer`, None with one data shard.
+        reducer: the `Reducer` of gradients, None with one data shard.
         said: keys of what is said once for a distribution.
     """
 
@@ -133,7 +132,7 @@ class Context:
         for i in self.model_axes:
             self.model_size *= sizes[i]
         self.model_placements_whole = (Replicate(),) * len(self.model_axes)
-        self.reducer = Reducer(self) if self.data_size > 1 else None
+        self.reducer = None
         self.said = set()
 
     @property

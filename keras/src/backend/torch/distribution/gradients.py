@@ -50,8 +50,6 @@ HISTORY = 16
 # Of the flags of a pass: so much that one process may have made more variables
 # than another, which train alike all the same.
 FLAGS = 256
-# Marks a tensor whose gradient is reduced over data shards.
-REDUCED = "_keras_is_reduced"
 
 
 class Reducer:
@@ -100,7 +98,7 @@ class Reducer:
         number = self._registered
         self._registered += 1
         self._parameters[number] = parameter
-        setattr(parameter, REDUCED, True)
+        setattr(parameter, sharded.REDUCED, True)
         self._names.append(name)
         local = parameter.detach()
         if isinstance(parameter, DTensor):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from keras.src.backend.torch.distribution import gathers
 from keras.src.backend.torch.distribution import rows
 
 
@@ -102,7 +103,7 @@ def test_gather_undoes_cut(on_threads, total, dtype):
 
     def gather(rank):
         with rows.current_rows(batches[rank].rows):
-            return rows.gather(batches[rank][0], contexts[rank])
+            return gathers.gather(batches[rank][0], contexts[rank])
 
     for result in on_threads(3, gather):
         assert result.dtype == dtype

@@ -20,6 +20,8 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor._dtensor_spec import TensorMeta
 
 REQUESTED = "_keras_requested_layout"
+# Marks a tensor whose gradient is reduced over data shards.
+REDUCED = "_keras_is_reduced"
 
 
 @functools.lru_cache(maxsize=4096)

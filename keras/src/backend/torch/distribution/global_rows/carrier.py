@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import collectives
+from keras.src.backend.torch.distribution import gathers
 from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution.gradients import REDUCED
+from keras.src.backend.torch.distribution.sharded import REDUCED
 
 # On our rows of a gradient that somebody was handed: the gradient of which
 # they are a part. What is written into them is written into it.
@@ -74,9 +75,9 @@ def gathered(x, dim, rows):
     Collective: every process of `rows.group` calls it.
     """
     if not dim:
-        return rows_lib.gather_parts(x.contiguous(), rows, rows.group)
+        return gathers.gather_parts(x.contiguous(), rows, rows.group)
     x = x.movedim(dim, 0).contiguous()
-    x = rows_lib.gather_parts(x, rows, rows.group)
+    x = gathers.gather_parts(x, rows, rows.group)
     return x.movedim(0, dim).contiguous()
 
 

@@ -18,7 +18,7 @@ from keras.src.backend.torch.distribution.global_rows.table import align
 from keras.src.backend.torch.distribution.global_rows.table import bind
 from keras.src.backend.torch.distribution.global_rows.table import rule
 from keras.src.backend.torch.distribution.global_rows.table import with_tensors
-from keras.src.backend.torch.distribution.gradients import REDUCED
+from keras.src.backend.torch.distribution.sharded import REDUCED
 
 # Functions of each entry of dim 0, and the dims that make that one a batch.
 OF_A_BATCH = {
