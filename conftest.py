@@ -121,7 +121,7 @@ def on_threads(no_world, monkeypatch):
     from torch._C._distributed_c10d import _set_thread_isolation_mode
     from torch.testing._internal.distributed import multi_threaded_pg
 
-    from keras.src.backend.torch.distribution import rows
+    from keras.src.backend.torch.distribution.mesh import rows
 
     monkeypatch.setattr(rows, "_current", _ThreadLocalSlot())
 

@@ -18,7 +18,7 @@ import keras
 from integration_tests import catalogue
 from integration_tests import parity
 from keras.src import tree
-from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution.variables import storage
 
 # By the number of processes: the sizes of the axes of each mesh, and the two
 # of them that cut. Batches are split over `batch`.

@@ -15,9 +15,9 @@ import keras
 from integration_tests import parity
 from keras import layers
 from keras import ops
-from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import feeding
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.training import feeding
 
 pytestmark = [pytest.mark.gpu, pytest.mark.limit(120)]
 

@@ -23,10 +23,10 @@ from integration_tests import everyone
 from integration_tests import parity
 from keras import layers
 from keras import ops
-from keras.src.backend.torch.distribution.context import current
-from keras.src.backend.torch.distribution.gradients import Reducer
-from keras.src.backend.torch.distribution.sharded import whole
-from keras.src.backend.torch.distribution.weights import ShardedTensor
+from keras.src.backend.torch.distribution.gradients.reducer import Reducer
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.tensors.sharded import whole
+from keras.src.backend.torch.distribution.variables.weights import ShardedTensor
 
 pytestmark = pytest.mark.world(2, 4)
 

@@ -16,10 +16,10 @@ import keras
 from integration_tests import parity
 from keras import ops
 from keras.src import tree
-from keras.src.backend.torch.distribution import activations
-from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.ops import activations
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.tensors import sharded
 
 SHAPE = (4, 6, 8)
 

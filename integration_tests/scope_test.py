@@ -7,7 +7,7 @@ import keras
 from integration_tests import everyone
 from integration_tests import parity
 from keras import layers
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
 
 pytestmark = [pytest.mark.world(2), pytest.mark.limit(60)]
 

@@ -15,7 +15,7 @@ from integration_tests import parity
 from integration_tests.operators_test import OTHER
 from integration_tests.operators_test import number
 from keras.src import tree
-from keras.src.backend.torch.distribution import operators
+from keras.src.backend.torch.distribution.ops import operators
 
 OF_TWO = """
     __add__ __eq__ __ge__ __gt__ __le__ __lt__ __mul__

@@ -14,7 +14,7 @@ import keras
 from integration_tests import parity
 from keras import layers
 from keras import ops
-from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution.variables import storage
 
 pytestmark = pytest.mark.world(2)
 

@@ -11,11 +11,11 @@ import keras
 from integration_tests import parity
 from keras import layers
 from keras import ops
-from keras.src.backend.torch.distribution import gradients
-from keras.src.backend.torch.distribution import lookup
-from keras.src.backend.torch.distribution import plan
-from keras.src.backend.torch.distribution import projection
-from keras.src.backend.torch.distribution import styles
+from keras.src.backend.torch.distribution.gradients import reducer
+from keras.src.backend.torch.distribution.layers import lookup
+from keras.src.backend.torch.distribution.layers import plan
+from keras.src.backend.torch.distribution.layers import projection
+from keras.src.backend.torch.distribution.layers import styles
 
 ROWS = 7
 
@@ -351,5 +351,5 @@ def test_gradients_of_data_shards_are_reduced_together():
     parameters = len(model.trainable_variables)
     assert counted.backward_bytes == {
         "all_reduce": 4 * model.count_params()
-        + 5 * max(gradients.FLAGS, parameters)
+        + 5 * max(reducer.FLAGS, parameters)
     }

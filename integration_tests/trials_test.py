@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import keras
 from integration_tests import everyone
 from integration_tests import parity
-from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import trials
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.ops import operators
+from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.tensors import trials
 
 pytestmark = pytest.mark.world(2)
 

@@ -18,7 +18,7 @@ from integration_tests import everyone
 from integration_tests import parity
 from keras import layers
 from keras import ops
-from keras.src.backend.torch.distribution.weights import ShardedTensor
+from keras.src.backend.torch.distribution.variables.weights import ShardedTensor
 
 pytestmark = pytest.mark.world(2, 4)
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from keras.src import utils
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution import together
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh import together
+from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.callbacks import callback_list as upstream
 from keras.src.callbacks.history import History
 from keras.src.callbacks.progbar_logger import ProgbarLogger

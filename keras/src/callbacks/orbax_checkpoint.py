@@ -1,7 +1,7 @@
 """Overlay: Orbax knows JAX's processes alone, and says so."""
 
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.callbacks import orbax_checkpoint as upstream
 
 __all__ = ["OrbaxCheckpoint"]

@@ -2,9 +2,9 @@
 
 from keras.src.backend.torch.core import convert_to_numpy
 from keras.src.backend.torch.core import convert_to_tensor
-from keras.src.backend.torch.distribution import files as file_utils
-from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh import process_group
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.training import files as file_utils
 from keras.src.callbacks import tensorboard as upstream
 
 __all__ = ["TensorBoard", "file_utils"]

@@ -5,10 +5,10 @@ import warnings
 
 from keras.src.backend.common import global_state
 from keras.src.backend.torch import distribution_lib
-from keras.src.backend.torch.distribution import context as context_lib
-from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution.gradients import Reducer
+from keras.src.backend.torch.distribution.gradients.reducer import Reducer
+from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution.mesh import process_group
+from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.distribution import distribution_lib as upstream
 
 __all__ = [

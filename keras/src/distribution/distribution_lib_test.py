@@ -15,10 +15,12 @@ from keras.src import backend
 from keras.src import layers
 from keras.src import models
 from keras.src.backend.torch import distribution_lib as backend_dlib
-from keras.src.backend.torch.distribution import context as context_lib
-from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution.projection import ProjectionStyle
-from keras.src.backend.torch.distribution.styles import STYLE
+from keras.src.backend.torch.distribution.layers.projection import (
+    ProjectionStyle,
+)
+from keras.src.backend.torch.distribution.layers.styles import STYLE
+from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.distribution import distribution_lib
 from keras.src.distribution.distribution_lib import DataParallel
 from keras.src.distribution.distribution_lib import DeviceMesh

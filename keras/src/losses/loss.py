@@ -1,9 +1,9 @@
 """Overlay: losses of local rows whose weighted mean is the global loss.
 
 In a step, the loss of a data shard is such that the mean over shards, weighted
-with their rows, is the loss of the global batch (see `distribution/rows.py`).
-A mean over rows is that already. A divisor that is not the number of rows must
-be our share of the global one, and a sum must be extrapolated to all rows.
+with their rows, is the loss of the global batch (see `mesh/rows.py` there). A
+mean over rows is that already. A divisor that is not the number of rows must be
+our share of the global one, and a sum must be extrapolated to all rows.
 Losses of the user's own are computed on the global batch (see
 `distribution/global_rows`).
 """
@@ -13,10 +13,10 @@ import torch.distributed as dist
 
 from keras.src import ops
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import rows
 from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.ops import operators
+from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.losses import loss as upstream
 
 __all__ = ["Loss", "apply_mask", "reduce_values"]

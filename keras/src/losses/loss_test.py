@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from keras.src import losses
 from keras.src.backend.common import global_state
-from keras.src.backend.torch.distribution import context as context_lib
-from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.losses import loss as loss_module
 from keras_torch_distribution.src.losses import loss as overlay
 

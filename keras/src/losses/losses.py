@@ -6,9 +6,9 @@ with all others: no means over rows. Every data shard computes the global loss.
 
 from keras.src import backend
 from keras.src import ops
-from keras.src.backend.torch.distribution import gathers
-from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import statistics
+from keras.src.backend.torch.distribution.batch import gathers
+from keras.src.backend.torch.distribution.batch import statistics
+from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.losses import losses as upstream
 
 __all__ = ["circle", "dice", "tversky"]

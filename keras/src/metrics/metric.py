@@ -9,11 +9,11 @@ handed the global batch.
 import functools
 
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution import metric_states
-from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import put_off
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import known
+from keras.src.backend.torch.distribution.ops import operators
+from keras.src.backend.torch.distribution.training import metric_states
+from keras.src.backend.torch.distribution.training import put_off
 from keras.src.metrics import metric as upstream
 
 __all__ = ["Metric"]

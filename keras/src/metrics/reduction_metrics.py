@@ -4,7 +4,7 @@ Weighted with our share of the rows, the sum over data shards is that of the
 global batch, and counts once.
 """
 
-from keras.src.backend.torch.distribution import rows
+from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.metrics import reduction_metrics as upstream
 
 __all__ = ["reduce_to_samplewise_values"]

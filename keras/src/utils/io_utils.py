@@ -20,6 +20,6 @@ def print_msg(message, line_break=True):
 
 def _is_first():
     # Here, since Keras runs this module before its backend.
-    from keras.src.backend.torch.distribution import process_group
+    from keras.src.backend.torch.distribution.mesh import process_group
 
     return process_group.is_first()

@@ -1,7 +1,7 @@
 """Overlay: torch modules look at the rows of the global batch."""
 
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution import batch_norm
+from keras.src.backend.torch.distribution.batch import batch_norm
 from keras.src.utils import torch_utils as upstream
 
 __all__ = ["TorchModuleWrapper"]

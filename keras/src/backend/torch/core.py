@@ -8,20 +8,20 @@ from torch.distributed.tensor import DTensor
 
 from keras.src import tree
 from keras.src.backend.torch import core as upstream
-from keras.src.backend.torch.distribution import agreement
-from keras.src.backend.torch.distribution import checks
-from keras.src.backend.torch.distribution import cuts
-from keras.src.backend.torch.distribution import laid_out
-from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
-from keras.src.backend.torch.distribution import operators
-from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import storage
-from keras.src.backend.torch.distribution import together
-from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.global_rows import carrier
-from keras.src.backend.torch.distribution.gradients import keep_plain
+from keras.src.backend.torch.distribution.gradients.reducer import keep_plain
+from keras.src.backend.torch.distribution.mesh import agreement
+from keras.src.backend.torch.distribution.mesh import cuts
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.mesh import together
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.ops import operators
+from keras.src.backend.torch.distribution.tensors import laid_out
+from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.training import checks
+from keras.src.backend.torch.distribution.training import metric_states
+from keras.src.backend.torch.distribution.variables import storage
 
 __all__ = ["Variable", "convert_to_numpy", "remat", "vectorized_map"]
 

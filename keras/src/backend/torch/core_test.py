@@ -1,6 +1,6 @@
 """Tests of variables that no mesh axis shards.
 
-Of those that one does: `distribution/storage_test.py`.
+Of those that one does: `distribution/variables/storage_test.py`.
 """
 
 import gc

@@ -9,23 +9,23 @@ from torch.distributed.tensor import DTensor
 
 from keras.src.backend.common import global_state
 from keras.src.backend.torch.core import convert_to_tensor
-from keras.src.backend.torch.distribution import activations
-from keras.src.backend.torch.distribution import context as context_lib
-from keras.src.backend.torch.distribution import cuts
-from keras.src.backend.torch.distribution import gathers
-from keras.src.backend.torch.distribution import laid_out
-from keras.src.backend.torch.distribution import mesh as mesh_lib
-from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import storage
-from keras.src.backend.torch.distribution import weights
+from keras.src.backend.torch.distribution.batch import gathers
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import entry_points
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
+from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution.mesh import cuts
+from keras.src.backend.torch.distribution.mesh import process_group
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.mesh import torch_mesh as mesh_lib
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.ops import activations
+from keras.src.backend.torch.distribution.tensors import laid_out
+from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import weights
 
 __all__ = [
     "list_devices",
@@ -281,7 +281,7 @@ def create_tp_plan_from_layout_map(module, layout_map):
         Dict `{module name: ParallelStyle}` of the modules with a parameter
         that the layout map shards.
     """
-    from keras.src.backend.torch.distribution import plan
+    from keras.src.backend.torch.distribution.layers import plan
 
     return plan.create(module, layout_map)
 
@@ -302,7 +302,7 @@ def parallelize_torch_module(module, device_mesh, plan):
     Returns:
         `module`.
     """
-    from keras.src.backend.torch.distribution.plan import parallelize
+    from keras.src.backend.torch.distribution.layers.plan import parallelize
 
     mesh = getattr(device_mesh, "backend_mesh", device_mesh)
     return parallelize(module, mesh, plan)

@@ -23,10 +23,12 @@ from keras.src import backend
 from keras.src import layers
 from keras.src.backend.torch import distribution_lib as backend_dlib
 from keras.src.backend.torch.distribution import modes as modes_lib
-from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.layers.projection import (
+    ProjectionStyle,
+)
+from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.modes import modes
-from keras.src.backend.torch.distribution.projection import ProjectionStyle
+from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.distribution import distribution_lib
 from keras.src.distribution.distribution_lib import DeviceMesh
 from keras.src.distribution.distribution_lib import LayoutMap

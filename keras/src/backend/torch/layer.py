@@ -1,9 +1,9 @@
 """Overlay: layers run by the style of their sharded variables."""
 
 from keras.src.backend.torch import layer as upstream
-from keras.src.backend.torch.distribution import execution
 from keras.src.backend.torch.distribution import modes
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.layers import execution
+from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.ops.operation import Operation
 
 __all__ = ["TorchLayer"]

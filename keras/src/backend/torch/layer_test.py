@@ -2,7 +2,7 @@ import torch
 
 from keras.src import layers
 from keras.src import models
-from keras.src.backend.torch.distribution import execution
+from keras.src.backend.torch.distribution.layers import execution
 from keras.src.distribution.distribution_lib import DataParallel
 from keras.src.distribution.distribution_lib import DeviceMesh
 from keras_torch_distribution.src.backend.torch import layer as overlay

@@ -10,13 +10,7 @@ from torch.distributed.tensor import Replicate
 
 from keras.src.backend.config import standardize_data_format
 from keras.src.backend.torch import nn as upstream
-from keras.src.backend.torch.distribution import activations
-from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import convolution
-from keras.src.backend.torch.distribution import cross_entropy
-from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import statistics
+from keras.src.backend.torch.distribution.batch import statistics
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -25,6 +19,12 @@ from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     whole as whole_rows,
 )
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.ops import activations
+from keras.src.backend.torch.distribution.ops import convolution
+from keras.src.backend.torch.distribution.ops import cross_entropy
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.tensors import sharded
 
 __all__ = [
     "adaptive_average_pool",

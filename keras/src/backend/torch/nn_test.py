@@ -11,11 +11,11 @@ from torch.distributed.tensor import Shard
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.backend.torch import nn
-from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import context as context_lib
-from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.tensors import sharded
 from keras_torch_distribution.src.backend.torch import nn as overlay
 
 

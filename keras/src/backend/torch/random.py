@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch import random as upstream
 from keras.src.backend.torch.distribution import modes as modes_lib
-from keras.src.backend.torch.distribution import rows as rows_lib
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import storage
-from keras.src.backend.torch.distribution.context import current
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
+from keras.src.backend.torch.distribution.mesh import rows as rows_lib
+from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.variables import storage
 from keras.src.random.seed_generator import SeedGenerator
 
 # Keras's functions of this module take their seeds from `draw_seed`.

@@ -7,10 +7,10 @@ from torch.distributed.tensor import Shard
 from keras.src import layers
 from keras.src import random
 from keras.src.backend.common import global_state
-from keras.src.backend.torch.distribution import context as context_lib
 from keras.src.backend.torch.distribution import modes as modes_lib
-from keras.src.backend.torch.distribution import sharded
+from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.utils import rng_utils
 
 

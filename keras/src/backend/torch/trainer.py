@@ -8,24 +8,24 @@ import torch
 from keras.src import losses
 from keras.src import tree
 from keras.src.backend.torch import trainer as upstream
-from keras.src.backend.torch.distribution import accumulation
-from keras.src.backend.torch.distribution import activations
-from keras.src.backend.torch.distribution import agreement
-from keras.src.backend.torch.distribution import checks
-from keras.src.backend.torch.distribution import configuration
-from keras.src.backend.torch.distribution import feeding
-from keras.src.backend.torch.distribution import gathers
-from keras.src.backend.torch.distribution import logs as logs_lib
-from keras.src.backend.torch.distribution import metric_states
 from keras.src.backend.torch.distribution import modes
-from keras.src.backend.torch.distribution import process_group
-from keras.src.backend.torch.distribution import rows
-from keras.src.backend.torch.distribution import together
-from keras.src.backend.torch.distribution.context import MADE_UNDER
-from keras.src.backend.torch.distribution.context import current
-from keras.src.backend.torch.distribution.context import own_distribution
+from keras.src.backend.torch.distribution.batch import gathers
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import known
+from keras.src.backend.torch.distribution.mesh import agreement
+from keras.src.backend.torch.distribution.mesh import configuration
+from keras.src.backend.torch.distribution.mesh import process_group
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.mesh import together
+from keras.src.backend.torch.distribution.mesh.context import MADE_UNDER
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.mesh.context import own_distribution
+from keras.src.backend.torch.distribution.ops import activations
+from keras.src.backend.torch.distribution.training import accumulation
+from keras.src.backend.torch.distribution.training import checks
+from keras.src.backend.torch.distribution.training import feeding
+from keras.src.backend.torch.distribution.training import logs as logs_lib
+from keras.src.backend.torch.distribution.training import metric_states
 
 __all__ = ["TorchEpochIterator", "TorchTrainer"]
 

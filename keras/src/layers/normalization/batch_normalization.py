@@ -3,7 +3,7 @@
 from keras.src import backend
 from keras.src import ops
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution import statistics
+from keras.src.backend.torch.distribution.batch import statistics
 from keras.src.layers.normalization import batch_normalization as upstream
 
 __all__ = ["BatchNormalization"]

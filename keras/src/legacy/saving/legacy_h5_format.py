@@ -2,9 +2,9 @@
 
 import os
 
-from keras.src.backend.torch.distribution import hdf5
-from keras.src.backend.torch.distribution import saving
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.training import hdf5
+from keras.src.backend.torch.distribution.training import saving
 from keras.src.legacy.saving import legacy_h5_format as upstream
 
 __all__ = ["save_model_to_hdf5"]

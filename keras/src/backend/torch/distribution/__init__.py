@@ -1,9 +1,18 @@
-"""What `keras.distribution` stands on with torch: one noun a file.
+"""What `keras.distribution` stands on with torch, in rooms of one job each.
 
-Imports go downwards only, in this order: process_group, mesh, operators,
-context, modes, rows, collectives, sharded, gradients, storage, execution,
-styles, plan, feeding, logs. Nothing here imports a Keras layer, model or
-trainer when it is itself imported.
+Imports go downwards only; `rooms_test` holds them to it:
+
+    training
+    layers
+    variables
+    ops
+    global_rows    gradients
+    batch
+    tensors
+    mesh
+    modes
+
+Nothing here imports a Keras layer, model or trainer when it is itself imported.
 """
 
 __all__ = []

@@ -6,7 +6,7 @@ import torch
 from torch.optim.adam import adam
 
 from keras.src import ops
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.optimizers import torch_adam as upstream
 
 __all__ = ["Adam"]

@@ -8,11 +8,11 @@ from torch.distributed.tensor import DTensor
 
 from keras.src import optimizers
 from keras.src.backend.common.stateless_scope import in_stateless_scope
-from keras.src.backend.torch.distribution import accumulation
 from keras.src.backend.torch.distribution import modes
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution import storage
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.training import accumulation
+from keras.src.backend.torch.distribution.variables import storage
 from keras.src.backend.torch.optimizers import torch_optimizer as upstream
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.utils import torch_utils

@@ -5,7 +5,7 @@ of the other shards.
 """
 
 from keras.src.backend.torch.distribution import modes
-from keras.src.backend.torch.distribution import storage
+from keras.src.backend.torch.distribution.variables import storage
 from keras.src.backend.torch.optimizers import (
     torch_parallel_optimizer as upstream,
 )

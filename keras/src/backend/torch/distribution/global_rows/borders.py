@@ -12,7 +12,6 @@ import torch
 
 from keras.src import tree
 from keras.src.backend.torch.core import convert_to_tensor
-from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows import entry_points
 from keras.src.backend.torch.distribution.global_rows import known
@@ -23,6 +22,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
 from keras.src.backend.torch.distribution.global_rows.carrier import is_addend
 from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
 from keras.src.backend.torch.distribution.global_rows.carrier import whole
+from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_global_batch
 from keras.src.backend.torch.distribution.modes import on_our_rows

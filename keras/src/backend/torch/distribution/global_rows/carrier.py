@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from keras.src.backend.torch.distribution import collectives
-from keras.src.backend.torch.distribution import gathers
-from keras.src.backend.torch.distribution import rows as rows_lib
-from keras.src.backend.torch.distribution import sharded
-from keras.src.backend.torch.distribution.sharded import REDUCED
+from keras.src.backend.torch.distribution.batch import gathers
+from keras.src.backend.torch.distribution.mesh import rows as rows_lib
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.tensors.sharded import REDUCED
 
 # On our rows of a gradient that somebody was handed: the gradient of which
 # they are a part. What is written into them is written into it.

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows import entry_points
 from keras.src.backend.torch.distribution.global_rows import table
@@ -29,6 +28,7 @@ from keras.src.backend.torch.distribution.global_rows.table_test import (
 from keras.src.backend.torch.distribution.global_rows.table_test import ran
 from keras.src.backend.torch.distribution.global_rows.table_test import recorded  # noqa: F401
 from keras.src.backend.torch.distribution.global_rows.table_test import seed
+from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 
 
 def numbers(*shape, dtype=torch.float32):

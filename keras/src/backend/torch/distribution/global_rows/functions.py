@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from keras.src.backend.torch.distribution import batch_norm as batch_norms
+from keras.src.backend.torch.distribution.batch import batch_norm as batch_norms
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -18,7 +18,7 @@ from keras.src.backend.torch.distribution.global_rows.table import align
 from keras.src.backend.torch.distribution.global_rows.table import bind
 from keras.src.backend.torch.distribution.global_rows.table import rule
 from keras.src.backend.torch.distribution.global_rows.table import with_tensors
-from keras.src.backend.torch.distribution.sharded import REDUCED
+from keras.src.backend.torch.distribution.tensors.sharded import REDUCED
 
 # Functions of each entry of dim 0, and the dims that make that one a batch.
 OF_A_BATCH = {

@@ -13,7 +13,7 @@ import types
 import weakref
 
 from keras.src import tree
-from keras.src.backend.torch.distribution.context import current
+from keras.src.backend.torch.distribution.mesh.context import current
 
 LAYERS = """
     Activation ELU LeakyReLU PReLU ReLU Softmax AdditiveAttention Attention
@@ -301,13 +301,6 @@ def _is_of_each_row(axis, y_pred):
     return axis % ndim > 0
 
 
-@functools.cache
-def _trainer():
-    from keras.src.backend.torch.trainer import TorchTrainer
-
-    return TorchTrainer
-
-
 def is_known_program(model, step):
     """Whether a step of a model runs no code of somebody's own.
 
@@ -315,14 +308,15 @@ def is_known_program(model, step):
         model: the model.
         step: `"train_step"`, `"test_step"` or `"predict_step"`.
     """
-    trainer = _trainer()
+    from keras.src.models import Model  # Imports the backend.
+
     names = [step]
     if step != "predict_step":
         names += ["compute_loss", "compute_metrics"]
     for name in names:
         if name in vars(model):
             return False
-        if getattr(type(model), name) is not getattr(trainer, name):
+        if getattr(type(model), name) is not getattr(Model, name):
             return False
     if not is_container(model) or not is_known(model):
         return False

@@ -4,8 +4,6 @@ import math
 
 import torch
 
-from keras.src.backend.torch.distribution import rows as rows_lib
-from keras.src.backend.torch.distribution import sharded
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -20,6 +18,8 @@ from keras.src.backend.torch.distribution.global_rows.table import dims_of
 from keras.src.backend.torch.distribution.global_rows.table import rule
 from keras.src.backend.torch.distribution.global_rows.table import split
 from keras.src.backend.torch.distribution.global_rows.table import tensors_of
+from keras.src.backend.torch.distribution.mesh import rows as rows_lib
+from keras.src.backend.torch.distribution.tensors import sharded
 
 
 def along(func, args, kwargs, names="input dim", default=None, first=None):

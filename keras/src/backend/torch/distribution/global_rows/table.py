@@ -26,8 +26,8 @@ from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
 from keras.src.backend.torch.distribution.global_rows.carrier import leaf_of_all
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
 from keras.src.backend.torch.distribution.global_rows.carrier import whole
-from keras.src.backend.torch.distribution.laid_out import is_transformed
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.tensors.laid_out import is_transformed
 
 logger = logging.getLogger("keras.distribution")
 

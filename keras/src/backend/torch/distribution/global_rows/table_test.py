@@ -27,13 +27,13 @@ import torch.distributed as dist
 from torch.testing._internal import common_methods_invocations as methods
 from torch.utils import _pytree as pytree
 
-from keras.src.backend.torch.distribution import rows as rows_lib
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows import rules  # noqa: F401
 from keras.src.backend.torch.distribution.global_rows import table
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
+from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 
 # How much is tried of a function: cases of all that its samples give.
 CASES = int(os.environ.get("CASES_OF_EACH_FUNCTION", 12))

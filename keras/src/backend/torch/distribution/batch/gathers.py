@@ -1,0 +1,97 @@
+"""All rows of a batch, from those of each process."""
+
+import torch
+import torch.distributed as dist
+
+from keras.src.backend.torch.distribution.mesh.rows import get_current_rows
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.tensors import sharded
+
+
+def gather(x, context):
+    """All rows, in order, of a tensor that holds our rows.
+
+    Collective: every process of the data axis calls it, with the rows of
+    `current_rows`.
+
+    Args:
+        x: tensor of shape `(local rows, ...)`.
+
+    Returns:
+        Tensor of shape `(global rows, ...)`.
+    """
+    return gather_parts(x, get_current_rows(), context.data_group)
+
+
+def gather_parts(x, rows, group):
+    """All rows of a tensor in whose dim 0 are those of `rows`.
+
+    Collective: every process of `group` calls it.
+    """
+    sizes = [stop - start for start, stop in rows.ranges()]
+    x, most = x[: sizes[rows.index]], max(sizes)
+    if x.shape[0] < most:
+        padded = x.new_zeros((most, *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        x = padded
+    if min(sizes) == most:
+        result = x.new_empty((most * len(sizes), *x.shape[1:]))
+        collectives.gather_into(result, x, group)
+        return result
+    pieces = collectives.of_each_process(x, group)
+    return torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
+
+
+class GatherForLoss(torch.autograd.Function):
+    """All rows, for a loss that looks at those of other shards.
+
+    Collective, forward and backward. A gradient on shard i belongs to the loss
+    of shard i: as in `collectives.SumOverData`, our rows get
+    (sum of weight_i * gradient_i) / (our weight).
+    """
+
+    @staticmethod
+    def forward(ctx, x, context):
+        ctx.context, ctx.size = context, len(x)
+        ctx.rows = get_current_rows()
+        return gather(x, context)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = collectives.whole_gradient(grad)
+        grad = collectives.MeanOfLosses.apply(
+            grad, ctx.rows.weight, ctx.context.data_group
+        )
+        if ctx.rows.local:
+            return ctx.rows.cut(grad, 0), None
+        # Without rows of ours it is zero, for what we computed on instead.
+        return grad[: ctx.size] * 0, None
+
+
+def assemble(batch, counts, mesh, axis, placements):
+    """A global batch, as a DTensor, from the rows of each process.
+
+    Collective if the processes' rows are not those that the placements give
+    them (shards of `torch.chunk`'s sizes): every process of the axis calls it.
+    """
+    total = sum(counts)
+    shape = (total, *batch.shape[1:])
+    width = -(-total // len(counts))
+    expected = [
+        max(0, min(width, total - i * width)) for i in range(len(counts))
+    ]
+    group = mesh.get_group(axis)
+    if counts != expected:
+        everything = [None] * len(counts)
+        dist.all_gather_object(everything, batch.cpu(), group=group)
+        whole = torch.cat(everything).to(batch.device)
+        start, stop = collectives.shard_range(
+            total, len(counts), dist.get_rank(group)
+        )
+        batch = whole[start:stop]
+    for other, placement in enumerate(placements):
+        if other != axis and placement.is_shard():
+            batch = collectives.shard_of(
+                batch, placement.dim, mesh.get_group(other)
+            )
+    return sharded.wrap(batch.contiguous(), mesh, placements, shape)

@@ -1,0 +1,1 @@
+"""Gradients over data shards: buckets, one backward pass, all of them."""

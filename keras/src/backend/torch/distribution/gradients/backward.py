@@ -1,0 +1,229 @@
+"""One backward pass: what it meets, reduces and writes."""
+
+import weakref
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from keras.src.backend.torch.distribution.gradients import buckets
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.tensors import laid_out
+from keras.src.backend.torch.distribution.tensors import sharded
+
+
+class Share:
+    """A gradient in `.grad` that is not, or not all, reduced.
+
+    Attributes:
+        total: weak reference to it. Whoever sets another, or None, drops the
+            share with it.
+        reduced: the part that is, None for none.
+    """
+
+    def __init__(self, total, reduced, local):
+        self.total = weakref.ref(total)
+        self.reduced = reduced
+        self._local = None if reduced is None else local
+
+    @property
+    def local(self):
+        """The local part, as a plain tensor."""
+        if self.reduced is not None:
+            return self._local
+        total = self.total()
+        if isinstance(total, DTensor):
+            return sharded.local_of(total)
+        return total
+
+
+class Pass:
+    """One backward pass: of `backward()`, which accumulates gradients into
+    `.grad`, or of `grad()`, which returns them."""
+
+    def __init__(self, reducer):
+        self.reducer = reducer
+        self.weight = rows.weight(reducer.context)
+        # With `create_graph=True`, autograd runs hooks under grad mode.
+        self.differentiable = torch.is_grad_enabled()
+        self.accumulates = False
+        self.kept = {}  # number -> gradient of earlier passes
+        self.grads = {}  # number -> local gradient, until its bucket starts
+        self.returned = {}  # number -> weak reference to what `grad()` returns
+        self.reached = set()
+        # With `create_graph=True` gradients are used at once.
+        self.defers = reducer.defers and not self.differentiable
+        numbers = () if self.defers else reducer.predict()
+        self.buckets = reducer.plan(numbers)
+        self.bucket_of = {
+            number: bucket
+            for bucket in self.buckets
+            for number in bucket.numbers
+        }
+        self.missing = {id(b): len(b.numbers) for b in self.buckets}
+        self.started = 0
+        self.reduced = {}  # number -> reduced gradient
+
+    def arrive(self, number, parameter, grad):
+        """A gradient, before it is accumulated or returned.
+
+        Returns:
+            What stands for it from here on, None for itself.
+        """
+        self.reached.add(number)
+        # What earlier passes left has been reduced: only the new part is.
+        if parameter.grad is not None:
+            self.kept[number] = parameter.grad
+            parameter.grad = None
+        laid_out = _laid_out(grad, parameter)
+        if self.accumulates:
+            return None if laid_out is grad else laid_out
+        # Nothing tells whether this is `grad()`, until something has been
+        # accumulated. `grad()` returns this very copy: into it goes, at the
+        # end, what was reduced.
+        copy = laid_out.clone()
+        self.grads[number] = laid_out
+        self.returned[number] = weakref.ref(copy)
+        return copy
+
+    def ready(self, number, parameter):
+        """A gradient that has been accumulated."""
+        self.accumulates = True
+        self.returned.pop(number, None)
+        self.grads[number] = parameter.grad
+        bucket = self.bucket_of.get(number)
+        if bucket is None:
+            return
+        self.missing[id(bucket)] -= 1
+        while (
+            self.started < len(self.buckets)
+            and not self.missing[id(self.buckets[self.started])]
+        ):
+            self._start(self.buckets[self.started])
+            self.started += 1
+
+    def _start(self, bucket):
+        grads = {
+            number: self._local(self.grads.pop(number))
+            for number in bucket.numbers
+            if number in self.grads
+        }
+        owed = {n: self._owed(n) for n in bucket.numbers}
+        arguments = grads, self.weight, self.reducer.context.data_group, owed
+        if self.differentiable:
+            with torch.enable_grad():
+                self.reduced |= buckets.reduce(bucket, *arguments)
+        else:
+            bucket.start(*arguments)
+        for number in grads:
+            self.reducer.parameter(number).grad = None
+
+    def _local(self, grad):
+        if not isinstance(grad, DTensor):
+            return grad
+        if self.differentiable:
+            with torch.enable_grad():
+                return laid_out.Local.apply(grad)
+        return sharded.local_of(grad)
+
+    def _owed(self, number):
+        """What earlier passes have left local and this one completes."""
+        if self.returned:
+            return ()
+        owed, share = [self._accumulated(number)], self._share(number)
+        if share is not None:
+            owed.append(share.local)
+        return [x for x in owed if x is not None]
+
+    def _accumulated(self, number):
+        # What `create_graph=True` is for uses the gradients of this pass.
+        return None if self.differentiable else self.reducer.owed.get(number)
+
+    def _share(self, number):
+        """The `Share` that is in `.grad`, None if none is."""
+        share = self.reducer.shares.get(number)
+        if share is None:
+            return None
+        parameter = self.reducer.parameter(number)
+        grad = self.kept.get(
+            number, None if parameter is None else parameter.grad
+        )
+        return share if grad is not None and share.total() is grad else None
+
+    def finish(self):
+        reducer = self.reducer
+        if self.defers and not self.returned:
+            with torch.no_grad():
+                self._leave_local()
+            return
+        for bucket in self.buckets[self.started :]:
+            self._start(bucket)
+        replaced = [n for n, copy in self.returned.items() if copy() is None]
+        reached, error = reducer.agree(self.reached, self.returned, replaced)
+        surprises = [n for n in reached if n not in self.bucket_of]
+        extra = reducer.buckets(surprises)
+        for bucket in extra:
+            self._start(bucket)
+        if not self.differentiable:
+            for bucket in (*self.buckets, *extra):
+                self.reduced.update(bucket.finish())
+        with torch.set_grad_enabled(self.differentiable):
+            self._write(set(reached))
+        reducer.remember(reached)
+        if error is not None:
+            raise error
+
+    def _write(self, reached):
+        for number, reduced in self.reduced.items():
+            parameter = self.reducer.parameter(number)
+            if parameter is None:
+                continue
+            # What this pass did not reach here has kept its gradient.
+            kept = self.kept.get(number, parameter.grad)
+            if number not in reached or self.returned:
+                parameter.grad = kept
+            else:
+                share = self._share(number)
+                if share is not None:
+                    kept = share.reduced
+                grad = self._like(reduced, parameter)
+                parameter.grad = grad if kept is None else kept + grad
+                self.reducer.shares.pop(number, None)
+                if self._accumulated(number) is not None:
+                    self.reducer.owed.pop(number).zero_()
+            copy = self.returned.get(number, _no_copy)()
+            if copy is not None:
+                copy.copy_(self._like(reduced, parameter))
+
+    def _leave_local(self):
+        for number, grad in self.grads.items():
+            parameter = self.reducer.parameter(number)
+            local = collectives.weighted(self._local(grad), self.weight)
+            reduced, share = self.kept.get(number), self._share(number)
+            if share is not None:
+                reduced, local = share.reduced, share.local + local
+            total = self._like(local, parameter)
+            if reduced is not None:
+                total = reduced + total
+            parameter.grad = total
+            self.reducer.shares[number] = Share(total, reduced, local)
+
+    def _like(self, local, parameter):
+        """A local gradient, laid out as its parameter."""
+        if not isinstance(parameter, DTensor):
+            return local
+        return laid_out.layout_of(parameter).carry(local)
+
+
+def _laid_out(grad, parameter):
+    """A gradient, cut as its parameter is.
+
+    Collective along model axes where it was not, and partial.
+    """
+    if not isinstance(parameter, DTensor):
+        return grad
+    return laid_out.lay_out(grad, laid_out.layout_of(parameter))
+
+
+def _no_copy():
+    return None

@@ -1,0 +1,125 @@
+"""One call of a layer under a distribution."""
+
+import functools
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from keras.src import tree
+from keras.src.backend.common.keras_tensor import any_symbolic_tensors
+from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.global_rows.carrier import (
+    GlobalTensor,
+)
+from keras.src.backend.torch.distribution.global_rows.carrier import local_of
+from keras.src.backend.torch.distribution.global_rows.carrier import whole
+from keras.src.backend.torch.distribution.gradients import reducer
+from keras.src.backend.torch.distribution.layers import plan
+from keras.src.backend.torch.distribution.layers import styles
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.modes import on_plain_tensors
+from keras.src.backend.torch.distribution.ops import activations
+from keras.src.backend.torch.distribution.ops import operators
+from keras.src.ops.operation import Operation
+
+
+def call(layer, context, args, kwargs):
+    """The outputs of `layer`, whole if nobody but the program called it.
+
+    Runs on DTensors: a layer that owns a sharded variable, and a layer without
+    sublayers that is handed a sharded activation. Any other layer runs as
+    released Keras has it. In a step in which code sees the global batch, layers
+    of Keras's own run on our rows of it.
+
+    Collective along the axes that shard the layer's variables and inputs, and
+    along the data axis where its code needs all rows.
+    """
+    if core.get_device() == "meta" or any_symbolic_tensors(args, kwargs):
+        return Operation.__call__(layer, *args, **kwargs)
+    function = functools.partial(_call, layer, context)
+    if not modes.calls and context.has_layouts:
+        function = functools.partial(_call_outermost, context, function)
+    if borders.is_seen():
+        return borders.call_layer(layer, function, args, kwargs)
+    if (
+        not modes.calls
+        and context.data_size > 1
+        and rows.get_current_rows() is None
+        and borders.rows_of((args, kwargs)) is not None
+    ):
+        # The global batch of a program outside of steps.
+        with borders.step(context):
+            return borders.call_layer(layer, function, args, kwargs)
+    return function(args, kwargs)
+
+
+def _call_outermost(context, function, args, kwargs):
+    with operators.on_shards(context):
+        return function(args, kwargs)
+
+
+def _call(layer, context, args, kwargs):
+    modes.calls += 1
+    outer, modes.layer = modes.layer, layer
+    shared = modes.shared
+    if layer._layers:
+        modes.shared = []
+    try:
+        if modes.gathered is not None or (
+            context.model_mesh is None and not plan.is_recurrent(layer)
+        ):
+            return Operation.__call__(layer, *args, **kwargs)
+        style = plan.style_of(layer, context)
+        if style is None and not layer._layers and _handed_shards(args, kwargs):
+            style = styles.GENERAL
+        if style is None:
+            with on_plain_tensors():
+                outputs = Operation.__call__(layer, *args, **kwargs)
+        else:
+            if type(style) is not styles.ShardedStyle and borders.is_seen():
+                # They know rows in dim 0 alone: see `borders.call_layer`.
+                args, kwargs = tree.map_structure(whole, (args, kwargs))
+            outputs = style.call(layer, context, args, kwargs)
+            styles.log_call(layer, style, args, outputs)
+            if layer.activity_regularizer is not None:
+                # Keras's own code, and the user's, on what leaves the layer.
+                outputs = tree.map_structure(activations.whole, outputs)
+        if not layer._layers:
+            tree.map_structure(_keep_gradient_plain, outputs)
+    finally:
+        modes.calls -= 1
+        modes.layer = outer
+        modes.shared = shared
+    if not modes.calls and not modes.sharded_outputs:
+        outputs = tree.map_structure(activations.whole, outputs)
+    return outputs
+
+
+def _keep_gradient_plain(x):
+    """Makes the gradient of a layer's plain output plain.
+
+    Where the output meets a DTensor in some other layer's own code, its
+    gradient arrives as a DTensor, which the code that made the output need
+    not understand.
+    """
+    x = local_of(x)
+    if type(x) is torch.Tensor and x.requires_grad:
+        x.register_hook(reducer.to_plain)
+
+
+def _handed_shards(args, kwargs):
+    # Keras's `tree` cannot be compiled where it meets tuples.
+    values = [*args, *kwargs.values()]
+    while values:
+        x = values.pop()
+        if type(x) is GlobalTensor:
+            x = x.local
+        if isinstance(x, DTensor):
+            return True
+        if isinstance(x, dict):
+            values.extend(x.values())
+        elif isinstance(x, (list, tuple)):
+            values.extend(x)
+    return False

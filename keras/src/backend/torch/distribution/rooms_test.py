@@ -1,0 +1,74 @@
+"""Imports go downwards, and those on one floor know nothing of each other."""
+
+import ast
+import pathlib
+
+HERE = pathlib.Path(__file__).parent
+NAME = "keras.src.backend.torch.distribution"
+FLOORS = [
+    {"modes"},
+    {"mesh"},
+    {"tensors"},
+    {"batch"},
+    {"global_rows", "gradients"},
+    {"ops"},
+    {"variables"},
+    {"layers"},
+    {"training"},
+]
+
+
+def imports_of(path):
+    """The modules of Keras that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            for name in node.names:
+                yield f"{node.module}.{name.name}"
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def files():
+    for path in HERE.rglob("*.py"):
+        if not path.name.endswith("_test.py") and path.parent != HERE:
+            yield path.relative_to(HERE).parts[0], path
+    yield "modes", HERE / "modes.py"
+
+
+def floor_of(room):
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_every_file_is_in_a_room():
+    rooms = {room for room, _ in files()}
+    assert rooms == set().union(*FLOORS)
+    loose = {p.name for p in HERE.glob("*.py")} - {"__init__.py", "modes.py"}
+    assert all(name.endswith("_test.py") for name in loose)
+
+
+def test_imports_go_downwards():
+    wrong = []
+    for room, path in files():
+        for name in imports_of(path):
+            if not name.startswith(f"{NAME}."):
+                continue
+            other = name.removeprefix(f"{NAME}.").partition(".")[0]
+            if other != room and floor_of(other) >= floor_of(room):
+                wrong.append(f"{path.relative_to(HERE)} imports {name}")
+    assert not wrong
+
+
+def test_nothing_imports_the_overlays_above():
+    above = [
+        "keras.src.backend.torch.distribution_lib",
+        "keras.src.backend.torch.trainer",
+        "keras.src.backend.torch.layer.",
+        "keras.src.backend.torch.nn.",
+    ]
+    wrong = [
+        f"{path.relative_to(HERE)} imports {name}"
+        for _, path in files()
+        for name in imports_of(path)
+        if name.startswith(tuple(above))
+    ]
+    assert not wrong

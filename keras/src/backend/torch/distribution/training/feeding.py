@@ -1,0 +1,398 @@
+"""Batches for this process: cut from the global ones, or local already."""
+
+import functools
+import random
+
+import numpy as np
+import torch
+
+from keras.src import tree
+from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution.batch import same_data
+from keras.src.backend.torch.distribution.global_rows import borders
+from keras.src.backend.torch.distribution.mesh import agreement
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.modes import modes
+from keras.src.trainers import data_adapters
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+from keras.src.trainers.data_adapters.torch_data_loader_adapter import (
+    TorchDataLoaderAdapter,
+)
+
+
+class ShardedDataAdapter(DataAdapter):
+    """Wraps the adapter that one device would use.
+
+    Every process passes the same global data. Of arrays, and of the dataset of
+    a `DataLoader`, each process reads its own rows only; batches of any other
+    source are cut after they are made. Shuffling draws on torch's global
+    generator, whose state is the same on all processes, so that all see one
+    permutation: that of one device.
+    """
+
+    def __init__(self, adapter, context):
+        self.adapter = adapter
+        self.context = context
+        self._loader = None  # A user's, whose workers may outlive an epoch.
+
+    def get_torch_dataloader(self):
+        """An iterable of `rows.Batch`.
+
+        Collective with every batch, but for arrays: every process reads it.
+        """
+        loader = self.adapter.get_torch_dataloader()
+        if isinstance(self.adapter, ArrayDataAdapter):
+            # A loader too: it draws on the random state as one device's does.
+            dataset = _OurRows(_arrays_of(loader), self.context, draws=False)
+            return torch.utils.data.DataLoader(
+                dataset,
+                batch_sampler=loader.batch_sampler,
+                collate_fn=functools.partial(_collate, loader.collate_fn),
+            )
+        # Now, not with the first batch: here one device's loader draws a seed.
+        return self._together(iter(self._reading_less(loader)))
+
+    def _reading_less(self, loader):
+        """A loader that reads our rows only, if that is possible."""
+        # A subclass, or a collate function of the user's, may look at all rows
+        # of a batch: to pad them to the longest, say.
+        if (
+            type(loader) is torch.utils.data.DataLoader
+            and isinstance(self.adapter, TorchDataLoaderAdapter)
+            and not isinstance(loader.dataset, torch.utils.data.IterableDataset)
+            and loader.batch_sampler is not None
+            and loader.collate_fn is torch.utils.data.default_collate
+        ):
+            if self._loader is None:
+                self._loader = _loader_of_our_rows(loader, self.context)
+            return self._loader
+        return loader
+
+    def _together(self, iterator):
+        """Batches as long as all processes have one; errors are raised by all.
+
+        Collective with every batch: every process calls it.
+        """
+        while True:
+            batch = error = None
+            facts = {}
+            try:
+                batch = next(iterator, None)
+                if batch is not None:
+                    batch = self._batch_of(batch)
+                    facts = batch.facts
+            except Exception as e:
+                error = e
+            size = same_data.NONE
+            if error is not None:
+                size = same_data.FAILED
+            elif batch is not None:
+                size = batch.rows.total
+            sizes, digests = same_data.exchange(size, facts)
+            if same_data.FAILED in sizes:
+                failed = sizes.index(same_data.FAILED)
+                raise error or RuntimeError(
+                    f"Process {failed} could not read a batch; its own error "
+                    "says why."
+                )
+            if same_data.NONE in sizes:
+                same_data.check_all_ended(sizes, self.context)
+                return
+            batch = self._agreed(batch, sizes)
+            same_data.check_rows(batch.facts, digests, self.context)
+            yield batch
+
+    def _batch_of(self, data):
+        if isinstance(data, rows.Batch):
+            return data
+        return _cut(data, self.context)
+
+    def _agreed(self, batch, sizes):
+        if any(size != sizes[0] for size in sizes):
+            raise ValueError(
+                "With `auto_shard_dataset=True` every process must pass the "
+                "same data. Received batches of different sizes, from process "
+                f"0 on: {sizes}"
+            )
+        return batch
+
+    @property
+    def num_batches(self):
+        return self.adapter.num_batches
+
+    @property
+    def batch_size(self):
+        return self.adapter.batch_size
+
+    @property
+    def has_partial_batch(self):
+        return self.adapter.has_partial_batch
+
+    @property
+    def partial_batch_size(self):
+        return self.adapter.partial_batch_size
+
+    def on_epoch_begin(self):
+        self.adapter.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.adapter.on_epoch_end()
+
+
+class GlobalShapes:
+    """Batches of our rows, as batches of the shapes of the global ones, for
+    layers to be built for.
+
+    Args:
+        iterator: gives triples of the first and last step, and `rows.Batch`.
+    """
+
+    def __init__(self, iterator):
+        self.iterator = iterator
+
+    def __iter__(self):
+        for first, last, batch in self.iterator:
+            total = batch.rows.total
+            yield (
+                first,
+                last,
+                [tree.map_structure(lambda x: _global(x, total), batch[0])],
+            )
+
+
+def _global(x, total):
+    if x is None or not len(x.shape):
+        return x
+    shape = (total, *x.shape[1:])
+    if isinstance(x, torch.Tensor):
+        return torch.empty(shape, dtype=x.dtype, device="meta")
+    return np.broadcast_to(np.empty((), x.dtype), shape)
+
+
+class LocalDataAdapter(ShardedDataAdapter):
+    """Wraps an adapter whose rows are local already.
+
+    Collective with every batch: the data shards agree on the global number of
+    rows, and find out if one of them runs out of batches before the others.
+    """
+
+    def get_torch_dataloader(self):
+        loader = self.adapter.get_torch_dataloader()
+        if isinstance(self.adapter, ArrayDataAdapter):
+            loader = torch.utils.data.DataLoader(
+                _arrays_of(loader),
+                batch_sampler=loader.batch_sampler,
+                collate_fn=loader.collate_fn,
+            )
+        return self._together(iter(loader))
+
+    def _batch_of(self, data):
+        # Of the other data shards, `_agreed` tells.
+        our_rows = rows.Rows([rows.count(data)], 0)
+        return rows.Batch(data, our_rows, agreement.facts_of_batch(data))
+
+    def _agreed(self, batch, sizes):
+        # The processes of a data shard have the same rows.
+        counts = [sizes[rank] for rank in self.context.data_ranks]
+        batch.rows = rows.Rows(counts, self.context.data_index)
+        return batch
+
+
+class _PinnedArrays(torch.utils.data.Dataset):
+    """Arrays as Keras's own dataset reads them, copied to a GPU in passing.
+
+    Keras converts a batch where it lies, in memory that may be paged: the host
+    waits for the copy, which waits for all work that the GPU has been given.
+
+    Args:
+        dataset: the dataset of an `ArrayDataAdapter` (of Keras 3.15.1, which
+            keeps the arrays as `array`).
+        device: the GPU.
+    """
+
+    def __init__(self, dataset, device):
+        self.dataset, self.device = dataset, device
+
+    def __getitems__(self, indices):
+        return tree.map_structure(
+            lambda array: self._read(array, indices),
+            self.dataset.array,
+            none_is_leaf=False,
+        )
+
+    def _read(self, array, indices):
+        x = array.convert_to_torch_compatible(array[indices])
+        if isinstance(x, torch.Tensor) and x.device.type != "cpu":
+            return core.convert_to_tensor(x)
+        with core.device_scope("cpu"):
+            x = core.convert_to_tensor(x)
+        if x.layout is torch.strided:
+            x = x.pin_memory()
+        return x.to(self.device, non_blocking=True)
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+def _arrays_of(loader):
+    """The dataset of the loader of an `ArrayDataAdapter`."""
+    device = _gpu()
+    if device is None:
+        return loader.dataset
+    return _PinnedArrays(loader.dataset, device)
+
+
+def _gpu():
+    """The GPU of this process, None without one."""
+    device = core.get_device()
+    return device if str(device).startswith("cuda") else None
+
+
+class _OurRows(torch.utils.data.Dataset):
+    """Reads our rows of the global batches of a dataset.
+
+    A dataset that draws random numbers must draw those of all rows, as on one
+    device: or the processes' random states would part. Whether it does, the
+    first batch tells, which is read whole.
+
+    Args:
+        dataset: a map-style dataset.
+        context: the `Context`.
+        draws: bool, whether reading draws random numbers; None to find out.
+    """
+
+    def __init__(self, dataset, context, draws=None):
+        # Not the context, which cannot be sent to worker processes.
+        own = {
+            "_dataset": dataset,
+            "_shard": (context.data_size, context.data_index),
+            "_draws": draws,
+            "_is_watched": draws is None,
+        }
+        self.__dict__.update(own)
+
+    def __getitems__(self, indices):
+        indices = list(indices)
+        start, stop = rows.split(len(indices), *self._shard)
+        ours = rows.of_split(len(indices), *self._shard)
+        part = slice(*rows.with_a_row(start, stop))
+        if self._draws is False:
+            read = self._read_quietly if self._is_watched else self._read
+            return read(indices[part]), ours, _facts_of(indices)
+        before = _random_states()
+        samples = self._read(indices)[part]
+        if self._draws is None:
+            self.__dict__["_draws"] = _random_states() != before
+        return samples, ours, _facts_of(indices)
+
+    def _read_quietly(self, indices):
+        before = _random_states()
+        samples = self._read(indices)
+        if _random_states() != before:
+            raise ValueError(
+                "The dataset of a `DataLoader` must draw random numbers for "
+                "every batch or for none, so that all processes draw the same. "
+                f"{self._dataset} drew none for its first batch. Draw in "
+                "`collate_fn` or in a layer, or pass an `IterableDataset`."
+            )
+        return samples
+
+    def _read(self, indices):
+        if getattr(self._dataset, "__getitems__", None):
+            return self._dataset.__getitems__(indices)
+        return [self._dataset[i] for i in indices]
+
+    def __len__(self):
+        return len(self._dataset)
+
+    # To a `worker_init_fn`, this is the dataset itself.
+    def __getattr__(self, name):
+        if name.startswith("__") or "_dataset" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name, value):
+        setattr(self._dataset, name, value)
+
+
+def _random_states():
+    kind, keys, *rest = np.random.get_state()
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        keys.tobytes(),
+        *rest,
+        random.getstate(),
+    )
+
+
+def _collate(collate, read):
+    samples, ours, facts = read
+    return rows.Batch(collate(samples), ours, facts)
+
+
+def _facts_of(indices):
+    """Which rows a batch is made of: so many, the first ones, the last ones."""
+    ends = [int(i) for i in (*indices[:4], *indices[-4:])]
+    return {"batch, order of its rows": (len(indices), *ends)}
+
+
+def _cut(data, context):
+    batch = rows.cut(data, context)
+    batch.facts = agreement.facts_of_batch(data)
+    return batch
+
+
+def _loader_of_our_rows(loader, context):
+    """A user's `DataLoader` that reads our rows of the same batches."""
+    # Workers in order: all processes see the same batches.
+    return torch.utils.data.DataLoader(
+        _OurRows(loader.dataset, context),
+        batch_sampler=loader.batch_sampler,
+        num_workers=loader.num_workers,
+        collate_fn=functools.partial(_collate, loader.collate_fn),
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        pin_memory_device=loader.pin_memory_device,
+    )
+
+
+def data_adapter(context, **arguments):
+    """The adapter for `fit`'s arguments under a distribution."""
+    adapter = data_adapters.get_data_adapter(**arguments)
+    arrays = None
+    if isinstance(adapter, ArrayDataAdapter):
+        arrays = [arguments.get(name) for name in agreement.PARTS_OF_DATA]
+    steps = arguments.get("steps_per_epoch")
+    same_data.check_source(adapter, steps, arrays, context)
+    if context.auto_shard:
+        same_data.check_sampler(adapter)
+        return ShardedDataAdapter(adapter, context)
+    return LocalDataAdapter(adapter, context)
+
+
+def to_batch(data, context):
+    """The `rows.Batch` of what `train_on_batch` and its like are handed.
+
+    Collective with `auto_shard_dataset=False`, and within a step: every
+    process calls it.
+
+    Args:
+        data: nested arrays, global rows or local ones as the distribution
+            says. What a step hands to another model's is local: the step has
+            been handed no other rows.
+    """
+    if modes.step is not None:
+        return borders.batch_of(data, context)
+    outer = rows.get_current_rows()
+    if outer is None and context.auto_shard:
+        return _cut(data, context)
+    local = rows.count(data)
+    if outer is not None and not outer.local:
+        local = 0  # Without rows of ours, what we compute on is not ours.
+    return rows.Batch(data, rows.agree(local, context))

@@ -1,0 +1,176 @@
+"""Logs and metrics of a step: the global values, on every process.
+
+All metric states of a model (see `metric_states`), what else a train step
+returns, the stop flag and what processes agree on (see `agreement`) are reduced
+in one small collective.
+"""
+
+import contextlib
+import numbers
+
+import torch
+import torch.distributed as dist
+
+from keras.src import tree
+from keras.src.backend.common.variables import Variable
+from keras.src.backend.torch.distribution.global_rows import carrier
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.mesh.agreement import add_up
+from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.backend.torch.distribution.training import metric_states
+
+
+def reduce_logs(metrics, states, logs, flags, context):
+    """Global logs from local ones, and sums of flags over processes.
+
+    Metrics are computed anew from their reduced state, which becomes their
+    whole one; any other value is averaged over data shards, weighted with
+    their rows.
+
+    Collective: every process calls it after every step.
+
+    Args:
+        metrics: the metrics of the model.
+        states: their variables, with the local state: see `metric_states`.
+        logs: dict of what the step returned.
+        flags: list of numbers to be added up in float64.
+        context: the `Context`.
+
+    Returns:
+        Tuple of a dict with the same keys, and the sums of the flags.
+    """
+    if context.data_size == 1:
+        return logs, add_up(flags)
+    logs = tree.map_structure(_value, logs)
+    others = [
+        name
+        for name, value in logs.items()
+        if isinstance(value, (torch.Tensor, numbers.Number))
+    ]
+    shapes = {name: torch.as_tensor(logs[name]).shape for name in others}
+    # The processes of one data shard hold the same values: the sum over all
+    # processes counts them once for each.
+    share = context.data_size / dist.get_world_size()
+    weight = rows.share(context)
+    values = [metric_states.portion(v, weight, context) * share for v in states]
+    values += [
+        collectives.weighted(metric_states.flat(logs[name]), share * weight)
+        for name in others
+    ]
+    # A log may bear a metric's name and be none: a train step's own loss, say,
+    # beside the unused tracker of `compile`. Whether it is one, all decide
+    # together; a process without rows has computed on a row that is not its
+    # own, and has no say.
+    local = _results(metrics)
+    values += [
+        _differs(logs[name], local.get(name)) * float(weight > 0)
+        for name in others
+    ]
+    reduced, flags = _add_up(values, flags)
+    for variable, value in zip(states, reduced):
+        metric_states.write_whole(variable, value, context)
+    with metric_states.whole(states):
+        results = _results(metrics)
+    means = reduced[len(states) :][: len(others)]
+    differences = reduced[len(states) + len(others) :]
+    logs = {**logs, **{n: r for n, r in results.items() if n in logs}}
+    for name, mean, difference in zip(others, means, differences):
+        mean = mean.view(shapes[name])
+        if name in results:
+            result = torch.as_tensor(results[name], device=mean.device)
+            # Without asking the GPU which of the two it is.
+            mean = torch.where(difference[0] > 0, mean, result.to(mean.dtype))
+        logs[name] = mean
+    return logs, flags
+
+
+def reduce_global_logs(metrics, states, logs, flags, context):
+    """As `reduce_logs`, of a step in which code sees the global batch: logs are
+    whole already, addends, or results that were put off.
+
+    Collective: every process calls it after every step.
+    """
+    share = context.data_size / dist.get_world_size()
+    leaves = tree.flatten(tree.map_structure(_value, logs))
+    sums = [x for x in leaves if carrier.is_addend(x)]
+    values = [metric_states.portion(v, 1.0, context) * share for v in states]
+    values += [metric_states.flat(x.local) * share for x in sums]
+    reduced, flags = _add_up(values, flags)
+    for variable, value in zip(states, reduced):
+        metric_states.write_whole(variable, value, context)
+    whole = {
+        id(x): value.view(x.shape).to(x.dtype)
+        for x, value in zip(sums, reduced[len(states) :])
+    }
+    with metric_states.whole(states):
+        metric_states.fulfil(states)
+    leaves = [carrier.whole(whole.get(id(x), x)) for x in leaves]
+    return tree.pack_sequence_as(logs, leaves), flags
+
+
+def _add_up(values, flags):
+    """The sums over processes of tensors and of numbers of the host, in one
+    collective if the tensors lie on the host too.
+
+    Collective: every process calls it.
+
+    Args:
+        values: list of 1-D tensors.
+        flags: list of numbers, added up in float64.
+
+    Returns:
+        Tuple of a list of tensors, and a list of numbers.
+    """
+    if not values:
+        return [], add_up(flags)
+    device = values[0].device
+    # The host reads the flags, and must not wait for a GPU to do so.
+    is_on_host = device.type == "cpu"
+    rides = [torch.tensor(flags, dtype=torch.float64)] if is_on_host else []
+    # A number that a train step returns lies on the host.
+    state = torch.cat([v.to(device) for v in [*values, *rides]])
+    dist.all_reduce(state)
+    sums = state.split([v.numel() for v in [*values, *rides]])
+    flags = sums[-1].tolist() if is_on_host else add_up(flags)
+    return sums[: len(values)], flags
+
+
+def _differs(log, result):
+    """1.0 where a log is not what the metric of its name gives, else 0.0."""
+    log = metric_states.flat(log)
+    if result is None:
+        return torch.zeros(1, dtype=log.dtype, device=log.device)
+    result = metric_states.flat(result).to(log.device)
+    if result.shape != log.shape:
+        return torch.ones(1, dtype=log.dtype, device=log.device)
+    return (log != result).any().reshape(1).to(log.dtype)
+
+
+@contextlib.contextmanager
+def unchanged_by_no_rows(states, rows):
+    """Within it, metrics keep their state if there are no rows.
+
+    A loss of no rows may be NaN, if it is a mean that a user wrote by hand.
+    """
+    kept = []
+    if not rows.local:
+        kept = [(v, v.value.clone()) for v in states]
+    yield
+    for variable, value in kept:
+        variable.assign(value)
+
+
+def _results(metrics):
+    results = {}
+    for metric in metrics:
+        # While the state is what it is now: a metric may return a variable.
+        result = tree.map_structure(_value, metric.result())
+        # A train step of one's own returns them by the name of the metric.
+        results[metric.name] = result
+        if isinstance(result, dict):
+            results.update(result)
+    return results
+
+
+def _value(x):
+    return x.value if isinstance(x, Variable) else x

@@ -1,0 +1,1 @@
+"""Variables: how they are stored, and what they are to a program."""
