@@ -2,16 +2,12 @@
 
 import functools
 
-import torch
-import torch.distributed as dist
-
 from keras.src import utils
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution.mesh import together
-from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.callbacks import callback_list as upstream
 from keras.src.callbacks.history import History
 from keras.src.callbacks.progbar_logger import ProgbarLogger
+from keras.src.distribution import processes
 
 __all__ = ["CallbackList"]
 
@@ -58,10 +54,7 @@ class CallbackList(upstream.CallbackList):
             any(_overrides(c, name, inner) for c in own)
             for name, inner in OFTEN.items()
         ]
-        state = torch.tensor([float(x) for x in (bool(own), *used)])
-        together.go_on()
-        dist.all_reduce(state, dist.ReduceOp.MAX)
-        has_any, *used = state.tolist()
+        has_any, *used = processes.any_of_each([bool(own), *used])
         self._agreed = frozenset()
         if has_any:
             # A callback of another thread may stop at the end of any batch.
@@ -85,13 +78,13 @@ def _agreeing(name):
 
     @functools.wraps(released)
     def method(self, *args, **kwargs):
-        if current() is None:
+        if not processes.is_distributed():
             return released(self, *args, **kwargs)
         if name in BEGINS and not self._in_begin_end_block_count:
             self._agree_on_methods()
         if name not in self._agreed:
             return released(self, *args, **kwargs)
-        with together.work(f"`{name}` of the callbacks") as work:
+        with processes.work(f"`{name}` of the callbacks") as work:
             released(self, *args, **kwargs)
             work.flag = bool(getattr(self.model, "stop_training", False))
         if work.flag:

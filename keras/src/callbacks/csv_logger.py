@@ -5,7 +5,7 @@ This callback communicates with nobody, so that one process alone may have it.
 
 import types
 
-from keras.src.backend.torch.distribution.training import files
+from keras.src.distribution import files
 from keras.src.utils import file_utils as released
 
 __all__ = ["file_utils"]

@@ -1,8 +1,8 @@
 """Overlay: Orbax knows JAX's processes alone, and says so."""
 
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.callbacks import orbax_checkpoint as upstream
+from keras.src.distribution import processes
 
 __all__ = ["OrbaxCheckpoint"]
 
@@ -22,7 +22,7 @@ class OrbaxCheckpoint(upstream.OrbaxCheckpoint):
 
 def _check_alone(directory):
     # Every process would write the same folder as if it were alone.
-    if current() is not None:
+    if processes.is_distributed():
         raise NotImplementedError(
             "`OrbaxCheckpoint` does not work with several processes on the "
             "torch backend. Use `keras.callbacks.ModelCheckpoint` to save the "

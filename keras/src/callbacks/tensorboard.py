@@ -1,11 +1,9 @@
 """Overlay: process 0 alone writes for TensorBoard."""
 
-from keras.src.backend.torch.core import convert_to_numpy
-from keras.src.backend.torch.core import convert_to_tensor
-from keras.src.backend.torch.distribution.mesh import process_group
-from keras.src.backend.torch.distribution.mesh.context import current
-from keras.src.backend.torch.distribution.training import files as file_utils
+from keras.src import ops
 from keras.src.callbacks import tensorboard as upstream
+from keras.src.distribution import files as file_utils
+from keras.src.distribution import processes
 
 __all__ = ["TensorBoard", "file_utils"]
 
@@ -21,19 +19,19 @@ class TensorBoard(upstream.TensorBoard):
         if self._summary_module is None:
             # Imported by all: where it is missing, none goes on alone.
             module = super().summary
-            if current() is not None:
-                if not process_group.is_first():
+            if processes.is_distributed():
+                if not processes.is_writer():
                     module = _Silence()
                 self._summary_module = _OfWholeWeights(module)
         return self._summary_module
 
     def _write_keras_model_summary(self):
-        if current() is None or process_group.is_first():
+        if not file_utils.is_other():
             super()._write_keras_model_summary()
 
     def _log_weight_as_image(self, weight, weight_name, epoch):
-        if current() is not None:
-            weight = convert_to_tensor(convert_to_numpy(weight))
+        if processes.is_distributed():
+            weight = ops.convert_to_tensor(ops.convert_to_numpy(weight))
         super()._log_weight_as_image(weight, weight_name, epoch)
 
 
@@ -45,7 +43,9 @@ class _OfWholeWeights:
 
     def histogram(self, name, data, **kwargs):
         """Collective if `data` is sharded: every process calls it."""
-        return self._module.histogram(name, convert_to_numpy(data), **kwargs)
+        return self._module.histogram(
+            name, ops.convert_to_numpy(data), **kwargs
+        )
 
     def __getattr__(self, name):
         return getattr(self._module, name)

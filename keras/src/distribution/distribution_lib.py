@@ -3,12 +3,9 @@
 import re
 import warnings
 
-from keras.src.backend.common import global_state
+# In Keras's own tree it is `keras.src.backend.distribution_lib`, which released
+# Keras sets to None on torch.
 from keras.src.backend.torch import distribution_lib
-from keras.src.backend.torch.distribution.gradients.reducer import Reducer
-from keras.src.backend.torch.distribution.mesh import context as context_lib
-from keras.src.backend.torch.distribution.mesh import process_group
-from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.distribution import distribution_lib as upstream
 
 __all__ = [
@@ -21,8 +18,6 @@ __all__ = [
     "distribution_lib",
     "set_distribution",
 ]
-
-REPLICATION = "torch_implicit_replication"
 
 released_set_distribution = upstream.set_distribution
 
@@ -175,15 +170,7 @@ class Distribution(upstream.Distribution):
 
         Collective the first time: every process calls it.
         """
-        if process_group.num_processes() == 1:
-            # Errors of the mesh are errors on one device too.
-            self.device_mesh.backend_mesh
-            return
-        if not hasattr(self, context_lib.ATTRIBUTE):
-            context = context_lib.Context(self)
-            if context.data_size > 1:
-                context.reducer = Reducer(context)
-            setattr(self, context_lib.ATTRIBUTE, context)
+        distribution_lib.activate(self)
 
 
 class DataParallel(Distribution, upstream.DataParallel):
@@ -219,12 +206,7 @@ class ModelParallel(Distribution, upstream.ModelParallel):
 
     def parallelize(self, layer):
         """Gives a layer that was just built the style of its variables."""
-        plan = distribution_lib.create_tp_plan_from_layout_map(
-            layer, self._layout_map
-        )
-        if plan:
-            context = getattr(self, context_lib.ATTRIBUTE)
-            distribution_lib.parallelize_torch_module(layer, context.mesh, plan)
+        distribution_lib.parallelize_layer(layer, self, self._layout_map)
 
     def get_variable_layout(self, variable):
         layout = self._layout_map.use(variable.path)
@@ -279,12 +261,4 @@ def set_distribution(value):
     if hasattr(value, "activate"):
         value.activate()
     released_set_distribution(value)
-    context_lib.set_last(value)
-    context = context_lib.current()
-    # Kept beside the distribution, as `clear_session` drops both.
-    global_state.set_global_attribute(REPLICATION, None)
-    global_state.set_global_attribute(distribution_lib.ENTRY_POINTS, None)
-    if context is not None and context.model_mesh is not None:
-        global_state.set_global_attribute(
-            REPLICATION, sharded.ImplicitReplication()
-        )
+    distribution_lib.distribution_was_set(value)

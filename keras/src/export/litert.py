@@ -1,6 +1,6 @@
 """Overlay: the whole model is exported, by process 0."""
 
-from keras.src.backend.torch.distribution.training import export
+from keras.src.distribution import export
 from keras.src.export import litert as upstream
 
 __all__ = ["export_litert"]

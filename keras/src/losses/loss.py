@@ -8,15 +8,9 @@ Losses of the user's own are computed on the global batch (see
 `distribution/global_rows`).
 """
 
-import torch
-import torch.distributed as dist
-
 from keras.src import ops
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution.global_rows import borders
-from keras.src.backend.torch.distribution.mesh import rows
-from keras.src.backend.torch.distribution.ops import operators
-from keras.src.backend.torch.distribution.tensors import collectives
+from keras.src.distribution import processes
 from keras.src.losses import loss as upstream
 
 __all__ = ["Loss", "apply_mask", "reduce_values"]
@@ -33,11 +27,7 @@ class Loss(upstream.Loss):
     __doc__ = upstream.Loss.__doc__
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        if not borders.is_seen():
-            return operators.call_on_shards(
-                super().__call__, y_true, y_pred, sample_weight
-            )
-        return borders.call_loss(
+        return processes.call_loss(
             self, super().__call__, y_true, y_pred, sample_weight
         )
 
@@ -48,16 +38,15 @@ def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
     Collective in a step with `"mean_with_sample_weight"` and sample weights:
     every process of the data axis calls it.
     """
-    context = rows.context_of_ours()
-    if context is None or tuple(values.shape) == ():
+    share = processes.share_of_rows()
+    if share is None or tuple(values.shape) == ():
         return released_reduce_values(values, sample_weight, reduction)
     if reduction == "sum":
-        share = rows.share(context)
         return ops.sum(values) / share if share else ops.sum(values) * 0
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
         return ops.divide_no_nan(
             ops.sum(values),
-            _our_share(ops.sum(sample_weight), context, values.dtype),
+            processes.share_of_sum(ops.sum(sample_weight), values.dtype),
         )
     if reduction in MEANS and not values.shape[0]:
         return ops.sum(values)  # No row of ours: zero, that has a gradient.
@@ -70,13 +59,13 @@ def apply_mask(sample_weight, mask, dtype, reduction):
     Collective in a step with a mask and a mean: every process of the data axis
     calls it.
     """
-    context = rows.context_of_ours()
-    if context is None or mask is None or reduction not in MEANS[:2]:
+    share = processes.share_of_rows()
+    if share is None or mask is None or reduction not in MEANS[:2]:
         return released_apply_mask(sample_weight, mask, dtype, reduction)
     # Valid entries weigh `total / valid`, as released Keras has it.
     mask = ops.cast(mask, dtype)
     total = ops.cast(ops.size(mask), dtype)
-    valid = _our_share(ops.sum(mask), context, mask.dtype)
+    valid = processes.share_of_sum(ops.sum(mask), mask.dtype)
     weights = mask * ops.divide_no_nan(total, valid)
     if sample_weight is None:
         return weights
@@ -86,13 +75,3 @@ def apply_mask(sample_weight, mask, dtype, reduction):
     # In place, as released Keras has it: the metrics of the step see it.
     sample_weight *= weights
     return sample_weight
-
-
-def _our_share(divisor, context, dtype):
-    """Our part, by rows, of the sum over data shards of a divisor."""
-    share = rows.share(context)
-    total = divisor.detach().to(torch.float32)
-    # Without rows of ours, what we computed on is not ours to count.
-    total = collectives.weighted(total, float(share > 0)).clone()
-    dist.all_reduce(total, group=context.data_group)
-    return (total * share).to(dtype)

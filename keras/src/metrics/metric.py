@@ -9,11 +9,7 @@ handed the global batch.
 import functools
 
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution.global_rows import borders
-from keras.src.backend.torch.distribution.global_rows import known
-from keras.src.backend.torch.distribution.ops import operators
-from keras.src.backend.torch.distribution.training import metric_states
-from keras.src.backend.torch.distribution.training import put_off
+from keras.src.distribution import processes
 from keras.src.metrics import metric as upstream
 
 __all__ = ["Metric"]
@@ -34,11 +30,8 @@ class Metric(upstream.Metric):
 def _on_our_rows(update_state):
     @functools.wraps(update_state)
     def update(self, *args, **kwargs):
-        if not borders.is_seen():
-            return operators.call_on_shards(update_state, self, *args, **kwargs)
-        metric_states.settle_all(self.variables)
         function = functools.partial(update_state, self)
-        return borders.call_metric(self, function, args, kwargs)
+        return processes.call_metric(self, function, args, kwargs)
 
     return update
 
@@ -46,8 +39,6 @@ def _on_our_rows(update_state):
 def _put_off(result):
     @functools.wraps(result)
     def put_off_result(self):
-        if not borders.is_seen() or not known.is_known_metric(self):
-            return result(self)
-        return put_off.result(self, functools.partial(result, self))
+        return processes.metric_result(self, functools.partial(result, self))
 
     return put_off_result

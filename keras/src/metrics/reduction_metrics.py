@@ -4,7 +4,7 @@ Weighted with our share of the rows, the sum over data shards is that of the
 global batch, and counts once.
 """
 
-from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.distribution import processes
 from keras.src.metrics import reduction_metrics as upstream
 
 __all__ = ["reduce_to_samplewise_values"]
@@ -13,10 +13,10 @@ released_reduce_to_samplewise_values = upstream.reduce_to_samplewise_values
 
 
 def reduce_to_samplewise_values(values, sample_weight, reduce_fn, dtype):
-    context = rows.context_of_ours()
+    share = processes.share_of_rows()
     is_number = not len(getattr(values, "shape", ()))
-    if context is not None and is_number and sample_weight is None:
-        sample_weight = rows.share(context)
+    if share is not None and is_number and sample_weight is None:
+        sample_weight = share
     return released_reduce_to_samplewise_values(
         values, sample_weight, reduce_fn, dtype
     )

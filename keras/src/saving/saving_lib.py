@@ -1,7 +1,7 @@
 """Overlay: process 0 alone writes a file, after all have gathered it."""
 
-from keras.src.backend.torch.distribution.training import hdf5
-from keras.src.backend.torch.distribution.training import saving
+from keras.src.distribution import hdf5
+from keras.src.distribution import saving
 from keras.src.saving import saving_lib as upstream
 
 __all__ = [

@@ -19,7 +19,7 @@ def print_msg(message, line_break=True):
 
 
 def _is_first():
-    # Here, since Keras runs this module before its backend.
-    from keras.src.backend.torch.distribution.mesh import process_group
+    # Here, since Keras runs this module before others.
+    from keras.src.distribution import processes
 
-    return process_group.is_first()
+    return processes.is_writer()

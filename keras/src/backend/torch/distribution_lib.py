@@ -15,6 +15,7 @@ from keras.src.backend.torch.distribution.global_rows import entry_points
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
+from keras.src.backend.torch.distribution.gradients.reducer import Reducer
 from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh import process_group
@@ -22,6 +23,22 @@ from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.mesh import torch_mesh as mesh_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.ops import activations
+from keras.src.backend.torch.distribution.seam import any_of_each
+from keras.src.backend.torch.distribution.seam import any_process
+from keras.src.backend.torch.distribution.seam import as_one_device
+from keras.src.backend.torch.distribution.seam import call_loss
+from keras.src.backend.torch.distribution.seam import call_metric
+from keras.src.backend.torch.distribution.seam import distribution_of
+from keras.src.backend.torch.distribution.seam import gather_rows
+from keras.src.backend.torch.distribution.seam import is_distributed
+from keras.src.backend.torch.distribution.seam import is_writer
+from keras.src.backend.torch.distribution.seam import metric_result
+from keras.src.backend.torch.distribution.seam import own_rows
+from keras.src.backend.torch.distribution.seam import share_of_rows
+from keras.src.backend.torch.distribution.seam import share_of_sum
+from keras.src.backend.torch.distribution.seam import spans_rows
+from keras.src.backend.torch.distribution.seam import sum_over_rows
+from keras.src.backend.torch.distribution.seam import work
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
@@ -39,9 +56,30 @@ __all__ = [
     "process_id",
     "create_tp_plan_from_layout_map",
     "parallelize_torch_module",
+    "activate",
+    "distribution_was_set",
+    "parallelize_layer",
+    # What `keras.src.distribution.processes` asks.
+    "any_of_each",
+    "any_process",
+    "as_one_device",
+    "call_loss",
+    "call_metric",
+    "distribution_of",
+    "gather_rows",
+    "is_distributed",
+    "is_writer",
+    "metric_result",
+    "own_rows",
+    "share_of_rows",
+    "share_of_sum",
+    "spans_rows",
+    "sum_over_rows",
+    "work",
 ]
 
 ENTRY_POINTS = "torch_entry_points"
+REPLICATION = "torch_implicit_replication"
 
 
 def list_devices(device_type=None):
@@ -405,3 +443,40 @@ def _relayout_activation(tensor, layout, context):
         return sharded.Leave.apply(tensor)
     setattr(tensor, sharded.REQUESTED, True)
     return tensor
+
+
+def activate(distribution):
+    """Prepares what variables, layers and training ask of a distribution.
+
+    Collective the first time: every process calls it.
+    """
+    if process_group.num_processes() == 1:
+        # Errors of the mesh are errors on one device too.
+        distribution.device_mesh.backend_mesh
+        return
+    if not hasattr(distribution, context_lib.ATTRIBUTE):
+        context = context_lib.Context(distribution)
+        if context.data_size > 1:
+            context.reducer = Reducer(context)
+        setattr(distribution, context_lib.ATTRIBUTE, context)
+
+
+def distribution_was_set(distribution):
+    """To be called with each distribution that was set, and with None."""
+    context_lib.set_last(distribution)
+    context = context_lib.current()
+    # Kept beside the distribution, as `clear_session` drops both.
+    global_state.set_global_attribute(REPLICATION, None)
+    global_state.set_global_attribute(ENTRY_POINTS, None)
+    if context is not None and context.model_mesh is not None:
+        global_state.set_global_attribute(
+            REPLICATION, sharded.ImplicitReplication()
+        )
+
+
+def parallelize_layer(layer, distribution, layout_map):
+    """Gives a layer that was just built the style of its variables."""
+    plan = create_tp_plan_from_layout_map(layer, layout_map)
+    if plan:
+        mesh = getattr(distribution, context_lib.ATTRIBUTE).mesh
+        parallelize_torch_module(layer, mesh, plan)

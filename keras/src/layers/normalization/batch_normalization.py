@@ -3,7 +3,7 @@
 from keras.src import backend
 from keras.src import ops
 from keras.src.api_export import keras_export
-from keras.src.backend.torch.distribution.batch import statistics
+from keras.src.distribution import processes
 from keras.src.layers.normalization import batch_normalization as upstream
 
 __all__ = ["BatchNormalization"]
@@ -20,8 +20,9 @@ class BatchNormalization(upstream.BatchNormalization):
 
     def _moments(self, inputs, mask):
         axes = self._reduction_axes
-        context = statistics.context_over_rows(inputs, axes, self.synchronized)
-        if mask is None or context is None:
+        if mask is None or not processes.spans_rows(
+            inputs, axes, self.synchronized
+        ):
             return super()._moments(inputs, mask)
         valid = ops.cast(ops.expand_dims(mask, axis=-1), "bool")
         valid = ops.broadcast_to(valid, ops.shape(inputs))
@@ -42,7 +43,7 @@ class BatchNormalization(upstream.BatchNormalization):
                 )
             ]
         )
-        total, squares, count = statistics.sum_over_data(sums, context)
+        total, squares, count = processes.sum_over_rows(sums)
         weight = count + backend.epsilon()
         # As released Keras has it: sum(x) / weight, and with that mean
         # sum((x - mean)^2) / weight.

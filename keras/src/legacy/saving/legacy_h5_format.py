@@ -2,9 +2,9 @@
 
 import os
 
-from keras.src.backend.torch.distribution.mesh.context import current
-from keras.src.backend.torch.distribution.training import hdf5
-from keras.src.backend.torch.distribution.training import saving
+from keras.src.distribution import hdf5
+from keras.src.distribution import processes
+from keras.src.distribution import saving
 from keras.src.legacy.saving import legacy_h5_format as upstream
 
 __all__ = ["save_model_to_hdf5"]
@@ -17,8 +17,9 @@ def save_model_to_hdf5(model, filepath, overwrite=True, include_optimizer=True):
 
 
 def _save(model, file, overwrite, include_optimizer):
-    if current() is None or not isinstance(file, (str, os.PathLike)):
-        # The caller may have opened it.
+    # The caller may have opened it.
+    is_open = not isinstance(file, (str, os.PathLike))
+    if is_open or not processes.is_distributed():
         released_save(model, file, overwrite, include_optimizer)
         return
     with hdf5.written(file) as opened:

@@ -2,6 +2,7 @@
 
 Imports go downwards only; `rooms_test` holds them to it:
 
+    seam
     training
     layers
     variables

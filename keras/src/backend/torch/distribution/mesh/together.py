@@ -97,6 +97,17 @@ def any_process(flag):
     return flag
 
 
+def any_of_each(flags):
+    """As `any_process`, of each flag of a list.
+
+    Collective: every process calls it, with a list as long.
+    """
+    go_on()
+    state = torch.tensor([float(flag) for flag in flags])
+    dist.all_reduce(state, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in state.tolist()]
+
+
 def _tell(error):
     """Tells the other processes of an error, where they next ask."""
     try:

@@ -9,9 +9,8 @@ import shutil
 import socket
 import tempfile
 
-from keras.src.backend.torch.distribution.mesh.context import current
-from keras.src.backend.torch.distribution.mesh.context import own_distribution
-from keras.src.backend.torch.distribution.training import files
+from keras.src.distribution import files
+from keras.src.distribution import processes
 from keras.src.utils import file_utils
 
 # The folders that this process writes in now.
@@ -35,8 +34,8 @@ def written_once(save, makes_folders=False):
 
     @functools.wraps(save)
     def save_once(model, filepath, *args, **kwargs):
-        with own_distribution(model):
-            if current() is None:
+        with processes.distribution_of(model):
+            if not processes.is_distributed():
                 return save(model, filepath, *args, **kwargs)
             return save_together(model, filepath, *args, **kwargs)
 

@@ -8,9 +8,7 @@ import contextlib
 import os
 import threading
 
-from keras.src.backend.torch.distribution.mesh import process_group
-from keras.src.backend.torch.distribution.mesh import together
-from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.distribution import processes
 from keras.src.utils import file_utils
 
 
@@ -33,7 +31,7 @@ def save(path):
     before = _state.is_saving
     _state.is_saving = True
     try:
-        with together.work(f"saving to {path}"):
+        with processes.work(f"saving to {path}"):
             yield
     finally:
         _state.is_saving = before
@@ -56,9 +54,7 @@ def exists(path):
 
     Collective under a distribution: every process calls it.
     """
-    if current() is None:
-        return file_utils.exists(path)
-    return together.any_process(not is_other() and file_utils.exists(path))
+    return processes.any_process(not is_other() and file_utils.exists(path))
 
 
 def makedirs(path):
@@ -85,21 +81,18 @@ def on_all(function, path, *args, **kwargs):
     Args:
         path: what is written, for errors.
     """
-    with together.work(f"writing {path}"):
+    with processes.work(f"writing {path}"):
         return function(*args, **kwargs)
 
 
 def is_other():
     """Whether another process is the one that writes."""
-    return current() is not None and not process_group.is_first()
+    return processes.is_distributed() and not processes.is_writer()
 
 
 def _on_first(function, *paths):
     """Calls a function on process 0; all wait until it is done."""
-    if current() is None:
-        function(*paths)
-    else:
-        on_all(lambda: is_other() or function(*paths), paths[-1])
+    on_all(lambda: is_other() or function(*paths), paths[-1])
 
 
 def __getattr__(name):

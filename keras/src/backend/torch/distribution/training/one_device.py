@@ -1,57 +1,26 @@
-"""Models leave Keras as one device has them."""
+"""A model as one device has it, for what leaves Keras."""
 
 import contextlib
-import functools
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution.mesh import process_group
-from keras.src.backend.torch.distribution.mesh.context import current
-from keras.src.backend.torch.distribution.mesh.context import own_distribution
 from keras.src.backend.torch.distribution.tensors import laid_out
-from keras.src.backend.torch.distribution.training import files
 from keras.src.distribution import distribution_lib
 
 
-def by_one_device(export):
-    """Wraps a function that traces a model and writes what it does to a file.
-
-    Process 0 alone traces it, with whole weights and without a distribution.
-    If it fails there, all raise; when it returns, the file is there.
-
-    Collective under a distribution: every process calls it.
-    """
-
-    @functools.wraps(export)
-    def export_once(model, filepath, *args, **kwargs):
-        with own_distribution(model):
-            if current() is None:
-                return export(model, filepath, *args, **kwargs)
-            is_first = process_group.is_first()
-            with _whole_weights(model, is_first):
-                files.on_all(
-                    lambda: (
-                        is_first and export(model, filepath, *args, **kwargs)
-                    ),
-                    filepath,
-                )
-            return filepath
-
-    return export_once
-
-
 @contextlib.contextmanager
-def _whole_weights(model, keeps):
-    """Within it, a process that keeps them has no distribution, and its
-    variables hold whole values.
+def as_one_device(model):
+    """Within it, process 0 has no distribution, and the model's variables hold
+    whole values there.
 
     Collective: every process enters it.
 
     Args:
         model: the model.
-        keeps: bool, whether this process needs the values.
     """
+    keeps = process_group.is_first()
     whole = []
     for variable in model.variables:
         stored = variable._value

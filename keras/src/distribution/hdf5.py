@@ -4,9 +4,8 @@ import contextlib
 import io
 import os
 
-from keras.src.backend.torch.distribution.mesh import together
-from keras.src.backend.torch.distribution.mesh.context import current
-from keras.src.backend.torch.distribution.training import files
+from keras.src.distribution import files
+from keras.src.distribution import processes
 
 try:
     import h5py
@@ -162,7 +161,7 @@ class WrittenByOne:
     def _get_h5_file(self, path_or_io, mode=None):
         mode = mode or self.mode
         in_memory = self.archive or isinstance(path_or_io, io.BytesIO)
-        if mode != "r" and current() is not None:
+        if mode != "r" and processes.is_distributed():
             self._is_shared = files.is_saving() or not in_memory
             self._agrees = not files.is_saving() and not in_memory
         with self._agreement():
@@ -198,4 +197,4 @@ class WrittenByOne:
     def _agreement(self):
         if not self._agrees:
             return contextlib.nullcontext()
-        return together.work(f"writing {getattr(self, 'path_or_io', '')}")
+        return processes.work(f"writing {getattr(self, 'path_or_io', '')}")
