@@ -11,7 +11,7 @@ Imports go downwards only; `rooms_test` holds them to it:
     batch
     tensors
     mesh
-    modes
+    modes          private
 
 Nothing here imports a Keras layer, model or trainer when it is itself imported.
 """

@@ -6,7 +6,7 @@ import pathlib
 HERE = pathlib.Path(__file__).parent
 NAME = "keras.src.backend.torch.distribution"
 FLOORS = [
-    {"modes"},
+    {"modes", "private"},
     {"mesh"},
     {"tensors"},
     {"batch"},
@@ -17,9 +17,9 @@ FLOORS = [
     {"training"},
     {"seam"},
 ]
-# Files that are rooms of their own: what is ambient, and what code of Keras
-# that knows no backend asks.
-ROOMS_OF_ONE_FILE = ("modes", "seam")
+# What is ambient, torch's private names, and what code of Keras that knows no
+# backend asks.
+ROOMS_OF_ONE_FILE = ("modes", "private", "seam")
 
 
 def imports_of(path):

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.batch import batch_norm as batch_norms
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import (
@@ -375,7 +376,7 @@ def set_attribute(func, args, kwargs):
 
 @rule("__dir__")
 def of_the_box(func, args, kwargs):
-    with torch._C.DisableTorchFunctionSubclass():
+    with private.as_torch_has_it():
         return func(*args, **kwargs)
 
 

@@ -27,7 +27,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import leaf_of_all
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
 from keras.src.backend.torch.distribution.global_rows.carrier import whole
 from keras.src.backend.torch.distribution.modes import modes
-from keras.src.backend.torch.distribution.tensors.laid_out import is_transformed
+from keras.src.backend.torch.distribution.private import is_in_transform
 
 logger = logging.getLogger("keras.distribution")
 
@@ -90,7 +90,7 @@ def _tell(x):
 
 def _run(func, name, args, kwargs):
     rule = RULES.get(name)
-    if rule is not None and not is_transformed():
+    if rule is not None and not is_in_transform():
         if not args and "input" in kwargs and name != "where":
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)  # It comes first.

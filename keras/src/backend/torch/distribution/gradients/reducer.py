@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.gradients import buckets
 from keras.src.backend.torch.distribution.gradients.backward import Pass
 from keras.src.backend.torch.distribution.mesh import rows
@@ -148,11 +149,7 @@ class Reducer:
             # Autograd alone holds the pass: if backward fails, the callback
             # never runs, and the pass is gone with it.
             self._pass = weakref.ref(current)
-            # torch 2.13: there is no public way to run code at the end of a
-            # backward pass; DDP and FSDP2 use this one too.
-            torch.autograd.Variable._execution_engine.queue_callback(
-                functools.partial(self._finish, current)
-            )
+            private.at_end_of_backward(functools.partial(self._finish, current))
         if (
             self.is_in_step
             and parameter is not None

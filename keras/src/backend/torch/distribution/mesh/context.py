@@ -6,11 +6,11 @@ import logging
 import threading
 import weakref
 
-import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
 from keras.src.backend.common import global_state
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh import torch_mesh as mesh_lib
@@ -52,16 +52,10 @@ def current():
         # what lies on a GPU runs in a thread of autograd's, and may run layers
         # again there (activation checkpointing).
         kept = None if _last[0] is None else _last[0]()
-        if kept is None or not _is_in_backward():
+        if kept is None or not private.is_in_backward():
             return None
         distribution = kept.distribution
     return getattr(distribution, ATTRIBUTE, None)
-
-
-def _is_in_backward():
-    """Whether autograd runs a backward pass in this thread."""
-    # No public name in torch 2.13; torch's checkpointing asks it too.
-    return torch._C._current_graph_task_id() != -1
 
 
 def own_distribution(model):

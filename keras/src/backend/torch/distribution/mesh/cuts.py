@@ -12,14 +12,12 @@ import math
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
-# torch 2.13: private, and the only placement for another order of cuts. It is
-# no `Shard` for `is_shard`.
-from torch.distributed.tensor.placement_types import _StridedShard
+from keras.src.backend.torch.distribution.private import StridedShard
 
 
 def is_cut(placement):
     """Whether a placement shards, in whatever order."""
-    return placement.is_shard() or isinstance(placement, _StridedShard)
+    return placement.is_shard() or isinstance(placement, StridedShard)
 
 
 def to_placements(cuts, mesh_shape):
@@ -35,7 +33,7 @@ def to_placements(cuts, mesh_shape):
         stride = math.prod(mesh_shape[a] for a in before)
         result[axis] = Shard(dim)
         if before:
-            result[axis] = _StridedShard(dim, split_factor=stride)
+            result[axis] = StridedShard(dim, split_factor=stride)
     return tuple(result)
 
 

@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 
+from keras.src.backend.torch.distribution import private
+
 _kernels = []
 
 
@@ -41,8 +43,7 @@ def all_gather_into_tensor(x, size, group):
         Tensor of shape `(size * rows, ...)`, for which nothing need be waited.
     """
     if isinstance(group, str):
-        # No public name in torch 2.13; DTensor knows its groups by names.
-        group = dist.distributed_c10d._resolve_process_group(group)
+        group = private.group_of(group)
     result = x.new_empty((size * x.shape[0], *x.shape[1:]))
     dist.all_gather_single(result, x.contiguous(), group=group)
     return result

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import gloo_on_gpus
 
 logger = logging.getLogger("keras.distribution")
@@ -335,11 +336,7 @@ def _leave(group):
         release()
     failed = getattr(sys, "last_value", None) is not None
     if failed and "nccl" in dist.get_backend_config(group):
-        # No public way in torch 2.13 to end all groups at once; NCCL ends
-        # them one after the other only where all processes do.
-        from torch.distributed.distributed_c10d import _abort_process_group
-
-        _abort_process_group()
+        private.abort_groups()
     else:
         dist.destroy_process_group()
 

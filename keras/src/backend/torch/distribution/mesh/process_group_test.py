@@ -302,8 +302,8 @@ def test_leaving(fake_world, monkeypatch, failed, backend):
         dist, "destroy_process_group", lambda: calls.append("destroyed")
     )
     monkeypatch.setattr(
-        dist.distributed_c10d,
-        "_abort_process_group",
+        process_group.private,
+        "abort_groups",
         lambda: calls.append("aborted"),
     )
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backend)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import process_group
 
 # Configuration -> torch mesh, of the process group `_GROUP[0]` refers to. Every
@@ -54,9 +55,7 @@ def release_groups():
     The meshes themselves stay, in variables that the user keeps.
     """
     for mesh in _MESHES.values():
-        # torch 2.13 keeps the groups of a mesh here for `torch.compile`; there
-        # is no public way to end those of one mesh.
-        mesh._pg_registry.clear()
+        private.forget_groups(mesh)
     _MESHES.clear()
 
 

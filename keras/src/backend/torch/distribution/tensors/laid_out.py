@@ -12,11 +12,9 @@ import typing
 
 import torch
 import torch.distributed as dist
-
-# torch 2.13: no public name, and what communicates cannot be traced.
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.tensors import collectives
@@ -136,18 +134,11 @@ def sliced(x, layout):
     return x
 
 
-def is_transformed():
-    """Whether this is called by a function that `torch.vmap`, or `torch.func`,
-    transforms."""
-    # torch 2.13: there is no public way to ask.
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def outside_of_transforms():
     """Within it, no transformation sees what is computed."""
-    if not is_transformed():
+    if not private.is_in_transform():
         return contextlib.nullcontext()
-    return temporarily_clear_interpreter_stack()
+    return private.outside_of_transforms()
 
 
 def whole(x):

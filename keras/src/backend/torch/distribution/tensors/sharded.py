@@ -13,11 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
-# torch 2.13. The public `DTensor.from_local` takes about ten times as long as
-# the constructor it ends in (40 us against 4), which counts several times for
-# each layer of a step; this is the only place that calls the constructor.
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
-from torch.distributed.tensor._dtensor_spec import TensorMeta
+from keras.src.backend.torch.distribution import private
 
 REQUESTED = "_keras_requested_layout"
 # Marks a tensor whose gradient is reduced over data shards.
@@ -31,8 +27,8 @@ def _spec(mesh, mesh_id, placements, shape, dtype):
     for size in reversed(shape):
         stride.append(step)
         step *= max(size, 1)
-    meta = TensorMeta(torch.Size(shape), tuple(reversed(stride)), dtype)
-    return DTensorSpec(mesh, placements, tensor_meta=meta)
+    meta = private.TensorMeta(torch.Size(shape), tuple(reversed(stride)), dtype)
+    return private.DTensorSpec(mesh, placements, tensor_meta=meta)
 
 
 def wrap(local, mesh, placements, shape, kind=DTensor):
@@ -205,27 +201,20 @@ def whole(x):
     return Leave.apply(x)
 
 
-def allow_implicit_replication(value):
-    """Whether plain tensors may meet DTensors; they count as replicated."""
-    # torch 2.13: the public context manager always ends with False, whatever
-    # held before it, and a distribution is set by a function, not a context.
-    DTensor._op_dispatcher._allow_implicit_replication = value
-
-
 class ImplicitReplication:
     """Plain tensors may meet DTensors as long as this object is kept."""
 
     def __init__(self):
-        allow_implicit_replication(True)
-        weakref.finalize(self, allow_implicit_replication, False)
+        private.allow_implicit_replication(True)
+        weakref.finalize(self, private.allow_implicit_replication, False)
 
 
 @contextlib.contextmanager
 def implicit_replication():
     """Within it, plain tensors may meet DTensors."""
-    previous = DTensor._op_dispatcher._allow_implicit_replication
-    allow_implicit_replication(True)
+    previous = private.implicit_replication()
+    private.allow_implicit_replication(True)
     try:
         yield
     finally:
-        allow_implicit_replication(previous)
+        private.allow_implicit_replication(previous)

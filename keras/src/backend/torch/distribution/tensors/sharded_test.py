@@ -6,6 +6,7 @@ from torch.distributed.tensor import Partial
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 
@@ -119,10 +120,10 @@ def test_allow_implicit_replication(mesh):
     x = sharded.wrap(torch.ones(2), mesh, [Replicate()], (2,))
     with pytest.raises(RuntimeError, match="mixed"):
         x + torch.ones(2)
-    sharded.allow_implicit_replication(True)
+    private.allow_implicit_replication(True)
     try:
         assert sharded.local_of(x + torch.ones(2)).tolist() == [2, 2]
     finally:
-        sharded.allow_implicit_replication(False)
+        private.allow_implicit_replication(False)
     with pytest.raises(RuntimeError, match="mixed"):
         x + torch.ones(2)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
 from keras.src.backend.common import global_state
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.mesh.context import logger
@@ -212,7 +213,7 @@ def present(value, variable):
 
 
 def _operand_of_a_layer(value, context):
-    if laid_out.is_transformed():
+    if private.is_in_transform():
         return laid_out.whole(value)
     local, placements = operand(value, context)
     if not any(p.is_shard() for p in placements):

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.common import KerasVariable
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.ops import operators
 from keras.src.backend.torch.distribution.tensors import laid_out
@@ -44,7 +45,7 @@ OF_A_DTYPE = frozenset("to type_as".split())
 
 def ask(func, args, kwargs):
     """What torch itself has for a function, and for its tensors' class."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with private.as_torch_has_it():
         return func(*args, **kwargs)
 
 

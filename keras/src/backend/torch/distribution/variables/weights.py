@@ -10,14 +10,14 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution.ops import operators
+from keras.src.backend.torch.distribution.private import as_torch_has_it
+from keras.src.backend.torch.distribution.private import is_in_transform
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.variables import weight_entries
 from keras.src.backend.torch.distribution.variables import weight_functions
 
 PRINTED = {"__repr__", "__format__"}
 DETACH = torch.ops.aten.detach.default
-
-as_torch_has_it = torch._C.DisableTorchFunctionSubclass
 
 
 def leaves_to(types):
@@ -122,7 +122,7 @@ class ShardedTensor(DTensor):
             return type(result)(self.views(x, whole) for x in result)
         if (
             type(result) is not torch.Tensor
-            or laid_out.is_transformed()
+            or is_in_transform()
             or not laid_out.same_memory(result, whole)
         ):
             return result

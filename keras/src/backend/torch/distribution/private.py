@@ -1,0 +1,104 @@
+"""What this project takes from torch that torch has no public name for.
+
+Everything that another version of torch may rename stands here, with what it is
+for and what may follow it. It is all there in torch 2.13, 2.14 and 2.15. Beside
+these, tensors are asked for `_version` and `_base`, parameters for
+`_backward_hooks`, and DTensors for `_local_tensor` and `_spec`, where a call
+would take longer than what is done there; `private_test` looks for these too.
+"""
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def _named(module, name):
+    """A name of a module of torch's, or an error that says what to do."""
+    try:
+        return getattr(__import__(module, fromlist=[name]), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"torch {torch.__version__} has no `{module}.{name}`, which "
+            "`keras.distribution` stands on. Install a version of torch that "
+            "this project was made for: torch>=2.13,<2.16."
+        ) from error
+
+
+# The public `DTensor.from_local` takes about ten times as long as the
+# constructor that it ends in (40 us against 4), which counts several times for
+# each layer of a step.
+DTensorSpec = _named("torch.distributed.tensor._dtensor_spec", "DTensorSpec")
+TensorMeta = _named("torch.distributed.tensor._dtensor_spec", "TensorMeta")
+
+# The only placement for another order of cuts than the mesh's. It is no `Shard`
+# for `is_shard`.
+StridedShard = _named(
+    "torch.distributed.tensor.placement_types", "_StridedShard"
+)
+
+# Within it no transformation of `torch.vmap` or `torch.func` sees what is
+# computed: what communicates cannot be transformed.
+outside_of_transforms = _named(
+    "torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack"
+)
+
+# Within it no class of tensors has a `__torch_function__`. The one that torch's
+# documentation names, `torch._C.DisableTorchFunction`, turns off modes as well.
+as_torch_has_it = _named("torch._C", "DisableTorchFunctionSubclass")
+
+_resolve_process_group = _named(
+    "torch.distributed.distributed_c10d", "_resolve_process_group"
+)
+_abort_process_group = _named(
+    "torch.distributed.distributed_c10d", "_abort_process_group"
+)
+_current_graph_task_id = _named("torch._C", "_current_graph_task_id")
+_peek_interpreter_stack = _named(
+    "torch._C._functorch", "peek_interpreter_stack"
+)
+_engine = _named("torch.autograd", "Variable")._execution_engine
+
+
+def is_in_transform():
+    """Whether `torch.vmap` or `torch.func` transforms what calls this."""
+    return _peek_interpreter_stack() is not None
+
+
+def is_in_backward():
+    """Whether autograd runs a backward pass in this thread. torch's activation
+    checkpointing asks it too."""
+    return _current_graph_task_id() != -1
+
+
+def at_end_of_backward(function):
+    """Calls a function when the backward pass under way is over, as DDP and
+    FSDP2 do. torch 2.15 has `torch.autograd.graph.queue_callback`."""
+    _engine.queue_callback(function)
+
+
+def group_of(name):
+    """The process group of a name, by which DTensor knows its groups."""
+    return _resolve_process_group(name)
+
+
+def abort_groups():
+    """Ends all process groups at once, whatever the others do. NCCL ends them
+    one after the other only where all processes do."""
+    _abort_process_group()
+
+
+def forget_groups(mesh):
+    """Drops what a torch mesh holds of its process groups, for
+    `torch.compile`. Those of one mesh cannot be ended in public."""
+    mesh._pg_registry.clear()
+
+
+def implicit_replication():
+    """Whether plain tensors may meet DTensors."""
+    return DTensor._op_dispatcher._allow_implicit_replication
+
+
+def allow_implicit_replication(value):
+    """Lets plain tensors meet DTensors, or not. The public context manager
+    (`torch.distributed.tensor.experimental.implicit_replication`) sets it to
+    False at its end, whatever it was."""
+    DTensor._op_dispatcher._allow_implicit_replication = value
