@@ -1,12 +1,32 @@
-"""What code sees: of a variable that is read, and of a batch.
+"""What is ambient: what code sees of a variable that it reads, and of a batch.
+
+Nothing but this module writes it, and what is set is put back.
 
 Outside of layers a sharded variable shows what is stored: a DTensor of the
 global shape. Inside any layer's call it shows what the layer computes with,
 and inside an optimizer's update the local shard.
+
+Threads: what is here is of each thread, as a layer's call is; autograd, which
+runs a layer again in a thread of its own (activation checkpointing), enters
+the modes that held (`as_now`). What belongs to a step is of the process, since
+hooks of its backward pass run in any thread: the rows of its batch
+(`rows.current_rows`), and which distribution was set last (`context`). Works
+that may fail (`together`) are of the thread that does them.
 """
 
 import contextlib
+import enum
 import threading
+
+
+class Shows(enum.Enum):
+    """What a sharded variable shows inside a layer's call."""
+
+    OPERAND = "our shard, whole on the data axis"
+    DTENSORS = "a DTensor of the model mesh; plain variables too"
+    WHOLE = "the whole value"
+    LOCAL = "what this process stores, also outside of layers"
+    STORED = "what is stored, as outside of layers"
 
 
 class _Modes(threading.local):
@@ -17,13 +37,10 @@ class _Modes(threading.local):
     layer = None  # the innermost of them
     on_shards = False  # torch functions are handed shards: see `operators`
     direct = False  # torch functions are left to torch
-    on_dtensors = False  # the innermost of them runs on DTensors
-    whole = False  # the innermost of them runs on whole weights
+    shows = Shows.OPERAND  # what the innermost of them reads of variables
     gathered = None  # dict of whole weights, inside a layer that repeats itself
     shared = None  # list of what the layers inside one share, while it runs
-    local = False  # inside an elementwise update on local shards
     updates = False  # an optimizer's: what weights meet is equal everywhere
-    stored = False  # reading what is stored, even inside a layer's call
     sharded_outputs = False  # what leaves the outermost layer may be sharded
     drawing = False  # drawing initial values, equal on all processes
 
@@ -52,6 +69,28 @@ def _set(**values):
             setattr(modes, name, value)
 
 
+class layer_call:
+    """Within it, a layer is called.
+
+    Args:
+        layer: the layer.
+    """
+
+    # A class, as it is entered in each call: it takes a third of the time.
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __enter__(self):
+        self.before = modes.calls, modes.layer, modes.shared
+        modes.calls += 1
+        modes.layer = self.layer
+        if self.layer._layers:
+            modes.shared = []
+
+    def __exit__(self, *error):
+        modes.calls, modes.layer, modes.shared = self.before
+
+
 def on_global_batch(step):
     """Within it, code sees the global batch: see `global_rows`."""
     return _set(step=step, known=False)
@@ -64,22 +103,27 @@ def on_our_rows():
 
 def on_dtensors():
     """Within it, plain variables enter as `Replicate` when they are read."""
-    return _set(on_dtensors=True, whole=False)
+    return _set(shows=Shows.DTENSORS)
 
 
 def on_whole_weights():
     """Within it, sharded variables are gathered when they are read."""
-    return _set(on_dtensors=False, whole=True)
+    return _set(shows=Shows.WHOLE)
 
 
 def on_weights_gathered_once():
     """Within it, all layers run on whole weights, each gathered once."""
-    return _set(on_dtensors=False, whole=True, gathered={})
+    return _set(shows=Shows.WHOLE, gathered={})
 
 
 def on_plain_tensors():
     """Within it, variables are read as a layer without a style reads them."""
-    return _set(on_dtensors=False, whole=False)
+    return _set(shows=Shows.OPERAND)
+
+
+def handing_shards():
+    """Within it, torch functions are handed shards."""
+    return _set(on_shards=True)
 
 
 def sharded_outputs():
@@ -89,7 +133,7 @@ def sharded_outputs():
 
 def local_shards():
     """Within it, `variable.value` is the local shard (under `no_grad`)."""
-    return _set(local=True)
+    return _set(shows=Shows.LOCAL)
 
 
 def updating():
@@ -97,9 +141,14 @@ def updating():
     return _set(updates=True)
 
 
+def is_local():
+    """Whether `variable.value` is the local shard."""
+    return modes.shows is Shows.LOCAL
+
+
 def stored_values():
     """Within it, `variable.value` is what is stored, in any layer's call."""
-    return _set(stored=True)
+    return _set(shows=Shows.STORED)
 
 
 def direct():

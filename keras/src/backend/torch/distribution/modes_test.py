@@ -3,29 +3,32 @@ import threading
 import pytest
 
 from keras.src.backend.torch.distribution import modes as modes_lib
+from keras.src.backend.torch.distribution.modes import Shows
 from keras.src.backend.torch.distribution.modes import modes
 
-NAMES = [
-    name
-    for name in vars(modes_lib._Modes)
-    if not name.startswith("_") and name != "calls"
-]
+NAMES = [name for name in vars(modes_lib._Modes) if not name.startswith("_")]
+USUAL = {name: getattr(modes, name) for name in NAMES}
 
 
 def state():
-    return {name for name in NAMES if getattr(modes, name)}
+    return {
+        name: getattr(modes, name)
+        for name in NAMES
+        if getattr(modes, name) != USUAL[name]
+    }
 
 
 @pytest.mark.parametrize(
     "manager, expected",
     [
-        (modes_lib.on_dtensors, {"on_dtensors"}),
-        (modes_lib.on_whole_weights, {"whole"}),
-        (modes_lib.on_plain_tensors, set()),
-        (modes_lib.local_shards, {"local"}),
-        (modes_lib.sharded_outputs, {"sharded_outputs"}),
-        (modes_lib.stored_values, {"stored"}),
-        (modes_lib.drawing_initial_values, {"drawing"}),
+        (modes_lib.on_dtensors, {"shows": Shows.DTENSORS}),
+        (modes_lib.on_whole_weights, {"shows": Shows.WHOLE}),
+        (modes_lib.on_plain_tensors, {}),
+        (modes_lib.local_shards, {"shows": Shows.LOCAL}),
+        (modes_lib.sharded_outputs, {"sharded_outputs": True}),
+        (modes_lib.handing_shards, {"on_shards": True}),
+        (modes_lib.stored_values, {"shows": Shows.STORED}),
+        (modes_lib.drawing_initial_values, {"drawing": True}),
     ],
 )
 def test_sets_and_puts_back_after_an_exception(manager, expected):
@@ -33,22 +36,24 @@ def test_sets_and_puts_back_after_an_exception(manager, expected):
         with manager():
             assert state() == expected
             raise KeyError
-    assert state() == set()
+    assert state() == {}
 
 
 def test_the_innermost_layer_decides():
     with modes_lib.on_dtensors():
         with modes_lib.on_whole_weights():
-            assert state() == {"whole"}
+            assert state() == {"shows": Shows.WHOLE}
             with modes_lib.on_plain_tensors():
-                assert state() == set()
-            assert state() == {"whole"}
-        assert state() == {"on_dtensors"}
+                assert state() == {}
+            assert state() == {"shows": Shows.WHOLE}
+        assert state() == {"shows": Shows.DTENSORS}
 
 
 def test_reading_leaves_the_layers_mode_alone():
-    with modes_lib.on_dtensors(), modes_lib.stored_values():
-        assert state() == {"on_dtensors", "stored"}
+    with modes_lib.on_dtensors():
+        with modes_lib.stored_values():
+            assert state() == {"shows": Shows.STORED}
+        assert state() == {"shows": Shows.DTENSORS}
 
 
 def test_threads_have_their_own():
@@ -57,4 +62,4 @@ def test_threads_have_their_own():
         thread = threading.Thread(target=lambda: seen.append(state()))
         thread.start()
         thread.join()
-    assert seen == [set()]
+    assert seen == [{}]

@@ -68,19 +68,19 @@ class TorchOptimizer(upstream.TorchOptimizer):
             )
 
     def assign(self, variable, value):
-        if modes.modes.local:
+        if modes.is_local():
             variable.value.copy_(value)
         else:
             super().assign(variable, value)
 
     def assign_add(self, variable, value):
-        if modes.modes.local:
+        if modes.is_local():
             variable.value.add_(value)
         else:
             super().assign_add(variable, value)
 
     def assign_sub(self, variable, value):
-        if modes.modes.local:
+        if modes.is_local():
             variable.value.sub_(value)
         else:
             super().assign_sub(variable, value)

@@ -18,6 +18,7 @@ from keras.src.backend.torch.distribution.gradients import reducer
 from keras.src.backend.torch.distribution.layers import plan
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.modes import layer_call
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_plain_tensors
 from keras.src.backend.torch.distribution.ops import activations
@@ -61,12 +62,7 @@ def _call_outermost(context, function, args, kwargs):
 
 
 def _call(layer, context, args, kwargs):
-    modes.calls += 1
-    outer, modes.layer = modes.layer, layer
-    shared = modes.shared
-    if layer._layers:
-        modes.shared = []
-    try:
+    with layer_call(layer):
         if modes.gathered is not None or (
             context.model_mesh is None and not plan.is_recurrent(layer)
         ):
@@ -88,10 +84,6 @@ def _call(layer, context, args, kwargs):
                 outputs = tree.map_structure(activations.whole, outputs)
         if not layer._layers:
             tree.map_structure(_keep_gradient_plain, outputs)
-    finally:
-        modes.calls -= 1
-        modes.layer = outer
-        modes.shared = shared
     if not modes.calls and not modes.sharded_outputs:
         outputs = tree.map_structure(activations.whole, outputs)
     return outputs

@@ -28,6 +28,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
 )
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.modes import handing_shards
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.tensors import trials
@@ -97,12 +98,8 @@ def on_shards(context):
     if modes.on_shards or not context.has_layouts:
         yield
         return
-    modes.on_shards = True
-    try:
-        with OnShards(context):
-            yield
-    finally:
-        modes.on_shards = False
+    with handing_shards(), OnShards(context):
+        yield
 
 
 def call_on_shards(function, *args, **kwargs):

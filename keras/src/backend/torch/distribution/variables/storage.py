@@ -16,7 +16,9 @@ from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.mesh.context import logger
+from keras.src.backend.torch.distribution.modes import Shows
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.modes import stored_values
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
@@ -179,11 +181,8 @@ def local_gradients(grads, variables):
 
 def read_stored(variable):
     """The stored value of a variable, cast if its layer is of mixed dtype."""
-    previous, modes.stored = modes.stored, True
-    try:
+    with stored_values():
         return variable.value
-    finally:
-        modes.stored = previous
 
 
 def present(value, variable):
@@ -196,10 +195,10 @@ def present(value, variable):
         variable: whose value it is.
     """
     if not isinstance(value, DTensor):
-        return _enter(value) if modes.on_dtensors else value
-    if modes.local:
+        return _enter(value) if modes.shows is Shows.DTENSORS else value
+    if modes.shows is Shows.LOCAL:
         return sharded.local_of(value)
-    if not modes.calls or modes.stored:
+    if not modes.calls or modes.shows is Shows.STORED:
         return value
     context = current()
     if context is None or value.device_mesh != context.mesh:
@@ -217,8 +216,8 @@ def _operand_of_a_layer(value, context):
         return laid_out.whole(value)
     local, placements = operand(value, context)
     if not any(p.is_shard() for p in placements):
-        return _enter(local) if modes.on_dtensors else local
-    if modes.whole:
+        return _enter(local) if modes.shows is Shows.DTENSORS else local
+    if modes.shows is Shows.WHOLE:
         return _gather_model_axes(local, placements, value.shape, context)
     shape = tuple(value.shape)
     return sharded.Enter.apply(local, context.model_mesh, placements, shape)
@@ -226,7 +225,7 @@ def _operand_of_a_layer(value, context):
 
 def _enter(value):
     context = current()
-    if modes.stored or not value.is_floating_point():
+    if not value.is_floating_point():
         return value
     return sharded.Enter.apply(
         value,
