@@ -1,8 +1,8 @@
 """Runs the marked tests of this folder in several processes.
 
 `pytest` starts the processes itself, one set for each world size, see
-`launcher.py`; each of them runs a pytest, see `worker.py`. Under `torchrun`
-this pytest is one of the processes already, see `process.py`.
+`harness/launcher.py`; each of them runs a pytest, see `harness/worker.py`.
+Under `torchrun` this pytest is one of them already, see `harness/process.py`.
 """
 
 import os
@@ -10,15 +10,15 @@ import pathlib
 
 import pytest
 
-from integration_tests import process
-from integration_tests import worlds
+from integration_tests.harness import process
+from integration_tests.harness import worlds
 
 HERE = pathlib.Path(__file__).parent
 DIFFERENCE = "difference from one device"
 IS_PROCESS = "WORLD_SIZE" in os.environ
 
 # Failing asserts in shared helpers show their values, as those in tests do.
-pytest.register_assert_rewrite("integration_tests.parity")
+pytest.register_assert_rewrite("integration_tests.harness.parity")
 
 
 # Last, when the terminal reporter is there: all ranks but one take it away.
@@ -44,13 +44,13 @@ def pytest_configure(config):
             "itself: run it without torchrun."
         )
     if IS_PROCESS:
-        from integration_tests.process import TorchrunProcess
+        from integration_tests.harness.process import TorchrunProcess
 
         plugin = TorchrunProcess()
         config.pluginmanager.register(plugin, "process")
         plugin.quieten(config)
     else:
-        from integration_tests.launcher import Launcher
+        from integration_tests.harness.launcher import Launcher
 
         config.pluginmanager.register(Launcher(config), "launcher")
 
@@ -101,7 +101,7 @@ def difference(request):
     if worlds.world_of(request.node) is None or process.BARE:
         yield
         return
-    from integration_tests import parity
+    from integration_tests.harness import parity
 
     parity.largest_difference()
     yield

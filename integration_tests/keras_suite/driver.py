@@ -12,12 +12,12 @@ import pathlib
 import shutil
 import time
 
-from integration_tests import worlds
+from integration_tests.harness import worlds
+from integration_tests.harness.process_set import GRACE_SECONDS
+from integration_tests.harness.process_set import ProcessSet
+from integration_tests.harness.process_set import RankProcess
+from integration_tests.harness.process_set import State
 from integration_tests.keras_suite import same_folders
-from integration_tests.process_set import GRACE_SECONDS
-from integration_tests.process_set import ProcessSet
-from integration_tests.process_set import RankProcess
-from integration_tests.process_set import State
 
 COLLECT_SECONDS = 120
 STARTS = 3

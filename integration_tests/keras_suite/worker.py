@@ -20,14 +20,14 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from integration_tests import process
-from integration_tests import worlds
+from integration_tests.harness import process
+from integration_tests.harness import worlds
+from integration_tests.harness.worker import end_with
+from integration_tests.harness.worker import leave
 from integration_tests.keras_suite import distributions
 from integration_tests.keras_suite import tests_tree
 from integration_tests.keras_suite.expected import PRIVATE_FOLDERS
 from integration_tests.keras_suite.same_folders import SameFolders
-from integration_tests.worker import end_with
-from integration_tests.worker import leave
 
 # Of Keras's own `pyproject.toml`.
 WARNINGS = (

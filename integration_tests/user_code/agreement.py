@@ -8,8 +8,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from integration_tests import parity
-from integration_tests import process
+from integration_tests.harness import parity
+from integration_tests.harness import process
 from keras import tree
 
 # Longer than any program. A process that waits for this long in a collective

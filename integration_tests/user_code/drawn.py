@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies
 
 import keras
-from integration_tests import parity
+from integration_tests.harness import parity
 from integration_tests.user_code import grammar
 from integration_tests.user_code.running import CLASSES
 from integration_tests.user_code.running import FEATURES

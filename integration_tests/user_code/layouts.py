@@ -1,7 +1,7 @@
 """The distributions that programs of user code run under."""
 
 import keras
-from integration_tests import parity
+from integration_tests.harness import parity
 
 TENSOR_PARALLEL = {
     ".*up/kernel": (None, "model"),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import keras
-from integration_tests import parity
+from integration_tests.harness import parity
 from keras import layers
 from keras import ops
 

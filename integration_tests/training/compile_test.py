@@ -1,0 +1,65 @@
+"""Compiled steps give one device's numbers, in as few pieces as there."""
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters  # Public ways to count there are none.
+
+import keras
+from integration_tests.harness import parity
+from keras import layers
+
+pytestmark = [pytest.mark.world(2), pytest.mark.limit(300)]
+
+# The data shards have 3 and 2 rows of each batch. The first batch of a kind
+# runs as written, to find out what compiled code cannot.
+ROWS, BATCH = 15, 5
+LAYOUTS = {
+    "up/kernel": (None, "model"),
+    "up/bias": ("model",),
+    "down/kernel": ("model", None),
+}
+DISTRIBUTIONS = {
+    "data": lambda: keras.distribution.DataParallel(),
+    "model": lambda: parity.model_parallel((1, 2), LAYOUTS),
+}
+
+
+def make_model():
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(6, "tanh", name="up"),
+            layers.Dense(3, name="down"),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=True)
+    return model
+
+
+def program(model):
+    torch.compiler.reset()
+    counters.clear()
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS, 5)).astype("float32")
+    y = rng.standard_normal((ROWS, 3)).astype("float32")
+    history = model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
+    pieces = {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(counters["graph_break"].values()),
+    }
+    return history.history, pieces
+
+
+def test_training():
+    """By inductor, as a program has it: most of the time is the tracing."""
+    expected = parity.run(program, make_model)
+    expected["said"], alone = expected["said"]
+    assert alone["graphs"]
+    for name, distribution in DISTRIBUTIONS.items():
+        actual = parity.run(program, make_model, distribution())
+        actual["said"], pieces = actual["said"]
+        # All are Keras's own: the learning rate is read, and `backward`.
+        assert pieces["graphs"], name
+        assert 0 < pieces["breaks"] <= alone["breaks"], (name, pieces, alone)
+        parity.assert_equal_on_all(name, actual, expected)
