@@ -1,4 +1,4 @@
-"""What it costs that somebody's code sees the global batch.
+"""What it costs that user code sees the global batch.
 
 Trains, by `fit` under `DataParallel`, the GPT with its blocks written as a
 composite layer, and the MLP with a loss function of one's own: as they are, and

@@ -116,7 +116,7 @@ class Doubled(layers.Wrapper):
 
 
 class Raw(layers.Layer):
-    """A layer of somebody's own, in raw torch."""
+    """A layer of the user's, in raw torch."""
 
     def build(self, shape):
         self.kernel = self.add_weight(shape=(shape[-1], 7), name="kernel")
@@ -128,7 +128,7 @@ class Raw(layers.Layer):
 
 
 class Steps(layers.Layer):
-    """A layer of somebody's own, in Keras's operations."""
+    """A layer of the user's, in Keras's operations."""
 
     def build(self, shape):
         self.table = self.add_weight(shape=(shape[-1], 6), name="table")

@@ -1,4 +1,4 @@
-"""What somebody's code in a step sees is the global batch."""
+"""What user code in a step sees is the global batch."""
 
 import collections
 import logging
@@ -199,7 +199,7 @@ def test_known_layers_that_draw(name):
 
 
 def hand_written(steps, auto=None):
-    """A loop of somebody's own, over the global batch."""
+    """A loop of the user's, over the global batch."""
 
     def program(distribution=None):
         x, y = normal(FEATURES)[:7], normal(CLASSES)[:7]

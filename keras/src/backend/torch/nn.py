@@ -204,7 +204,7 @@ def dot_product_attention(
     if len({p.dim for p in placements if p.is_shard()}) < sum(
         p.is_shard() for p in placements
     ):
-        placements = [Replicate()] * mesh.ndim
+        placements = list(sharded.replicate(mesh))
     local = [
         sharded.Leave.apply(
             x
@@ -246,8 +246,7 @@ def _attention_of_rows(tensors, bias, mask, args, kwargs):
 def _enter(x, mesh):
     if isinstance(x, DTensor):
         return sharded.reduced(x)
-    replicate = (Replicate(),) * mesh.ndim
-    return sharded.Enter.apply(x, mesh, replicate, tuple(x.shape))
+    return sharded.Enter.apply(x, mesh, sharded.replicate(mesh), tuple(x.shape))
 
 
 def _common_placement(axis, mesh, query, key, value):

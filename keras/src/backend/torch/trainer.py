@@ -175,8 +175,8 @@ class Step:
 
     Collective under a distribution: every process calls it.
 
-    Code of Keras's own computes on our rows. A step that runs code of
-    somebody's own is handed the global batch: see `global_rows`.
+    Keras's own code computes on local rows. A step that runs user code is
+    handed the global batch: see `global_rows`.
 
     Args:
         model: the trainer.
@@ -199,7 +199,7 @@ class Step:
         checks.check_once(self.model, context)
         if not isinstance(data, rows.Batch):
             data = feeding.to_batch(data[0], context)
-            # Nobody says when a loop of somebody's own begins.
+            # Nothing tells when a loop of the user's begins.
             self.forget()
             self.check_batch(data)
         facts = self.facts(data, context)
@@ -265,7 +265,7 @@ class Step:
 
     def uncompiled(self):
         # torch's compiler does not trace the table: it would break the graph
-        # at each function of somebody's code.
+        # at each function of user code.
         if not self.model.jit_compile:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""The global batch, as somebody's own code sees it.
+"""The global batch, as user code sees it.
 
 - `carrier`: a tensor that holds our rows and looks like all of them;
 - `table`: what a torch function does when it is handed one;

@@ -13,7 +13,7 @@ import torch
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
 
-# On a tensor that others are views of: the boxes whose gathered rows somebody
+# On a tensor that others are views of: the boxes whose gathered rows user code
 # has views of.
 FOLLOWED = "_keras_followed"
 
@@ -84,7 +84,7 @@ def follow(result, boxes):
 
 
 def written_into(x):
-    """To be called when somebody has written into our rows.
+    """To be called when a program has written into our rows.
 
     Collective along the data axis, if there are views of gathered rows: also
     where they are gone, which a process may find out sooner than another.

@@ -1,6 +1,6 @@
 """Where the global batch begins and ends: steps, and Keras's own code in them.
 
-In a step that runs somebody's code, that code sees the global batch: what it is
+In a step that runs user code, that code sees the global batch: what it is
 handed are `GlobalTensor`s. Where it calls code of Keras's own (see `known`) our
 rows go in, and come out as rows of the global batch again.
 """
@@ -26,6 +26,7 @@ from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_global_batch
 from keras.src.backend.torch.distribution.modes import on_our_rows
+from keras.src.backend.torch.distribution.tensors import sharded
 
 assert rules.MODULES
 
@@ -44,7 +45,7 @@ class Step:
         self.shards = self.bound([1] * context.data_size)
 
     def bound(self, counts):
-        """`rows.Rows` that somebody's code computes on."""
+        """`rows.Rows` that user code computes on."""
         counts = tuple(counts)
         rows = self._rows.get(counts)
         if rows is None:
@@ -144,10 +145,7 @@ def our_rows(x, rows):
     else:
         local = x.local
     local = carrier.with_a_row(local, rows)
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        local._keras_mask = our_rows(mask, rows)
-    return local
+    return sharded.keep_mask(local, x, lambda mask: our_rows(mask, rows))
 
 
 def call_layer(layer, function, args, kwargs):

@@ -24,7 +24,7 @@ from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.tensors.sharded import REDUCED
 
-# On our rows of a gradient that somebody was handed: the gradient of which
+# On our rows of a gradient that user code was handed: the gradient of which
 # they are a part. What is written into them is written into it.
 GRADIENT = "_keras_gradient"
 
@@ -233,7 +233,7 @@ def addend(local, rows):
 
 
 def result(local, compute):
-    """A value that is computed when somebody needs it.
+    """A value that is computed when it is needed.
 
     Args:
         local: tensor like the value.
@@ -259,8 +259,8 @@ def whole(x):
     """A plain tensor, equal on all processes.
 
     Collective along the data axis, forward and backward: every process of it
-    calls it. What was gathered is kept, and gathered again if somebody writes
-    into our rows or, for autograd, if it was gathered without.
+    calls it. What was gathered is kept, and gathered again if the program
+    writes into our rows or, for autograd, if it was gathered without.
     """
     if type(x) is not GlobalTensor:
         return x
@@ -282,9 +282,7 @@ def whole(x):
             kept = Gather.apply(local, x.at, x.rows)
         else:
             kept = gathered(local.detach(), x.at, x.rows)
-        mask = getattr(x, "_keras_mask", None)
-        if mask is not None:
-            kept._keras_mask = whole(mask)
+        sharded.keep_mask(kept, x, whole)
         keep(x, kept)
     return kept
 
@@ -404,8 +402,5 @@ def on_our_rows(function, tensors, rows):
 
 def of_local(y, rows):
     """The `GlobalTensor` of what has an entry in dim 0 for each of our rows."""
-    mask = getattr(y, "_keras_mask", None)
     x = GlobalTensor(y if rows.local else y[:0], 0, rows)
-    if mask is not None:
-        x._keras_mask = of_local(mask, rows)
-    return x
+    return sharded.keep_mask(x, y, lambda mask: of_local(mask, rows))

@@ -390,7 +390,7 @@ def is_same_size(func, args, kwargs):
 
 @rule("register_hook retain_grad")
 def hooked(func, args, kwargs):
-    """Hooks of somebody's see the gradient of all rows, or of a sum."""
+    """Hooks of user code see the gradient of all rows, or of a sum."""
     x, *hooks = args
     if not is_global(x):
         return NotImplemented

@@ -1,7 +1,7 @@
 """Which code is Keras's own and knows about rows: a closed list.
 
-Everything that is not on it is somebody's own code, and sees the global batch.
-What is on it is called by exact class, with no function of somebody's in it,
+Everything that is not on it is user code, and sees the global batch.
+What is on it is called by exact class, with no function of the user's in it,
 and is handed our rows alone: each row's outputs depend on that row, or it asks
 for what it needs of the others (`statistics`). `catalogue_test` and
 `losses_test` prove it, class by class.
@@ -302,7 +302,7 @@ def _is_of_each_row(axis, y_pred):
 
 
 def is_known_program(model, step):
-    """Whether a step of a model runs no code of somebody's own.
+    """Whether a step of a model runs no user code.
 
     Args:
         model: the model.

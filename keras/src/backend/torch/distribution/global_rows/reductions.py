@@ -150,7 +150,7 @@ def moved_along(func, args, kwargs):
 
 @rule("sum mean")
 def sums(func, args, kwargs):
-    """Over rows, addends; they are added up when somebody needs them."""
+    """Over rows, addends; they are added up when they are needed."""
     bound = bind("input dim keepdim dtype", args, kwargs)
     if bound is None or isinstance(bound.get("dim"), bool):
         return NotImplemented

@@ -180,8 +180,7 @@ def _log(name):
     if modes.step is None or not logger.isEnabledFor(logging.INFO):
         return
     key = (name, getattr(modes.layer, "path", None))
-    if key not in modes.step.context.said:
-        modes.step.context.said.add(key)
+    if modes.step.context.says_first("on all rows", *key):
         logger.info(
             "'%s' in layer '%s' runs on all rows of the batch, gathered on "
             "every data shard",

@@ -34,7 +34,7 @@ class Bucket:
     """Gradients that one collective reduces in one flat buffer.
 
     The buffer is a new one in each pass: its parts become the gradients, and
-    somebody may keep them.
+    the program may keep them.
     """
 
     def __init__(self, dtype, device):

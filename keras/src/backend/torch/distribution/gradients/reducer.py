@@ -75,7 +75,7 @@ class Reducer:
         # What a gradient of each is like, known after it has been freed too.
         self._likes = []
         self._hooks = []  # How many of each are none of the program's own.
-        # Whether somebody's code runs in a step, the same on all processes.
+        # Whether user code runs in a step, the same on all processes.
         self.is_in_step = False
         self._names = []
         # A number of 1 to 255 of each's name and shape.

@@ -2,7 +2,6 @@
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import distribute_module
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import parallelize_module
@@ -10,7 +9,6 @@ from torch.distributed.tensor.parallel import parallelize_module
 from keras.src import tree
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import context as context_lib
-from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
 
@@ -204,7 +202,7 @@ class TorchModuleStyle(styles.ShardedStyle):
     def _apply(self, module, device_mesh):
         def partition(name, module, mesh):
             for key, parameter in module.named_parameters(recurse=False):
-                placements = (Replicate(),) * mesh.ndim
+                placements = sharded.replicate(mesh)
                 if key in self.layouts:
                     placements = context_lib.layout_placements(
                         self.layouts[key], mesh, parameter.shape, key
@@ -218,7 +216,7 @@ class TorchModuleStyle(styles.ShardedStyle):
                 )
 
         def enter(module, inputs, mesh):
-            replicate = activations.replicate(mesh)
+            replicate = sharded.replicate(mesh)
             return tree.map_structure(
                 lambda x: (
                     sharded.Enter.apply(x, mesh, replicate, tuple(x.shape))

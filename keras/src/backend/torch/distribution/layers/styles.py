@@ -23,7 +23,6 @@ from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.ops.operation import Operation
 
 STYLE = "_parallel_style"
-SAID = "_keras_said_whole"
 
 
 class ShardedStyle(ParallelStyle):
@@ -58,7 +57,9 @@ class ShardedStyle(ParallelStyle):
         if has_empty_shards(layer, args, kwargs):
             # Such a shard may fail where the others do not, and they would
             # wait for it.
-            _say_whole(layer, "a shard of a weight or an input is empty")
+            _say_whole(
+                layer, context, "a shard of a weight or an input is empty"
+            )
             return self.call_whole(layer, args, kwargs)
         return _call_sharded(layer, context, args, kwargs)
 
@@ -126,12 +127,9 @@ def _call_sharded(layer, context, args, kwargs):
     return tree.map_structure(activations.leave, outputs)
 
 
-def _say_whole(layer, why):
+def _say_whole(layer, context, why):
     """Says once that a layer runs the whole way, and what that costs."""
-    if SAID in layer.__dict__:
-        return
-    layer.__dict__[SAID] = True
-    if process_group.is_first():
+    if context.says_first("whole way", layer.path) and process_group.is_first():
         logger.warning(
             "Layer '%s' (%s) runs on whole weights and inputs, gathered for "
             "each call: %s",

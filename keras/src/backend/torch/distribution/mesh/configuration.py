@@ -93,7 +93,7 @@ def _said_by(get_config):
     try:
         return dict(get_config() or {})
     except Exception:
-        # Somebody's own may fail in any way. Nobody has asked for it, and
+        # User code may fail in any way. The program has not asked for it, and
         # classes and weights are compared all the same.
         return {}
 

@@ -94,7 +94,6 @@ class Context:
         model_axes: indices in `mesh` of the other axes of size > 1.
         model_mesh: torch mesh of these axes, None if there are none.
         reducer: the `Reducer` of gradients, None with one data shard.
-        said: keys of what is said once for a distribution.
     """
 
     def __init__(self, distribution):
@@ -127,7 +126,7 @@ class Context:
             self.model_size *= sizes[i]
         self.model_placements_whole = (Replicate(),) * len(self.model_axes)
         self.reducer = None
-        self.said = set()
+        self._said = set()
 
     @property
     def data_group(self):
@@ -143,6 +142,14 @@ class Context:
         ranks = ranks.reshape(self.data_size, -1).tolist()
         shard_of = {r: i for i, shard in enumerate(ranks) for r in shard}
         return [shard_of[rank] for rank in range(dist.get_world_size())]
+
+    def says_first(self, *key):
+        """Whether something is said for the first time; then it is not again,
+        as long as the distribution lives."""
+        if key in self._said:
+            return False
+        self._said.add(key)
+        return True
 
     @property
     def has_layouts(self):

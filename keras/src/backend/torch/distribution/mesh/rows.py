@@ -6,7 +6,7 @@ shares add up to 1, for uneven batches too. So whatever does not depend on rows
 (weight regularisers) counts once.
 
 Gradients are a weighted mean over data shards too. In a step of Keras's own
-code the weight is the share. Where somebody's code computes on the global
+code the weight is the share. Where user code computes on the global
 batch (see `global_rows`), rows of several batches may meet, so there all shards
 weigh the same, and the loss of a shard is made to fit.
 """

@@ -89,7 +89,7 @@ def any_process(flag):
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
     if _stack.works[-1].failure is not None:
-        # Somebody's code has caught it.
+        # User code has caught it.
         raise _stack.works[-1].failure
     flag, failure = _exchange(flag, None)
     if failure is not None:
@@ -156,7 +156,7 @@ def _as_bytes(error, what):
         data = pickle.dumps(error)
         pickle.loads(data)
     except Exception:
-        # Whatever a class of somebody's own raises there.
+        # Whatever a class of the user's raises there.
         return pickle.dumps(
             RuntimeError(f"{type(error).__name__} in {what}: {error}")
         )

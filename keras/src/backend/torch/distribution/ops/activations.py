@@ -21,10 +21,7 @@ def of_rows(x, function, *args):
     if x.pending is not None:
         return x
     y = GlobalTensor(function(x.local, *args), x.at, x.rows)
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        y._keras_mask = mask
-    return y
+    return sharded.keep_mask(y, x)
 
 
 def enter(x, mesh):
@@ -37,13 +34,12 @@ def enter(x, mesh):
         if x.device.type != mesh.device_type:
             # As Keras's own operations take what a program hands them.
             x = x.to(mesh.device_type)
-        y = sharded.Enter.apply(x, mesh, replicate(mesh), tuple(x.shape))
+        y = sharded.Enter.apply(
+            x, mesh, sharded.replicate(mesh), tuple(x.shape)
+        )
     else:
         return x
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        y._keras_mask = mask
-    return y
+    return sharded.keep_mask(y, x)
 
 
 def leave(x):
@@ -55,10 +51,7 @@ def leave(x):
     y = sharded.reduced(x)
     if sharded.is_whole(y):
         y = sharded.Leave.apply(y)
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        y._keras_mask = mask
-    return y
+    return sharded.keep_mask(y, x)
 
 
 def whole(x):
@@ -70,11 +63,7 @@ def whole(x):
         return of_rows(x, whole) if isinstance(x.local, DTensor) else x
     if not isinstance(x, DTensor) or getattr(x, sharded.REQUESTED, False):
         return x
-    y = sharded.whole(x)
-    mask = getattr(x, "_keras_mask", None)
-    if mask is not None:
-        y._keras_mask = sharded.whole(mask)
-    return y
+    return sharded.keep_mask(sharded.whole(x), x, sharded.whole)
 
 
 def local(x, mesh):
@@ -83,7 +72,7 @@ def local(x, mesh):
     Collective along the axes where `x` is partial.
     """
     if not isinstance(x, DTensor):
-        return x, replicate(mesh)
+        return x, sharded.replicate(mesh)
     x = sharded.reduced(x)
     return sharded.Leave.apply(x), tuple(x.placements)
 
@@ -125,8 +114,3 @@ def carry(local, mesh, placements, shape):
     if all(p.is_replicate() for p in placements):
         return local
     return sharded.Enter.apply(local, mesh, placements, shape)
-
-
-def replicate(mesh):
-    """The placements of a whole tensor."""
-    return (Replicate(),) * mesh.ndim

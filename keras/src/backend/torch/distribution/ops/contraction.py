@@ -14,6 +14,8 @@ So column -> activation -> row communicates once forward and once backward
 (Shoeybi et al., 2019).
 """
 
+import dataclasses
+import functools
 import weakref
 
 import torch
@@ -49,6 +51,19 @@ class Contraction:
         self.uncut = uncut
         self.multiples = multiples or {}
         self.widths = widths or {}
+        self._key = (
+            equation,
+            uncut,
+            *self.multiples.items(),
+            None,
+            *self.widths.items(),
+        )
+
+    def __eq__(self, other):
+        return isinstance(other, Contraction) and self._key == other._key
+
+    def __hash__(self):
+        return hash(self._key)
 
     def can_cut(self, letter, shards):
         """Whether a dim of the kernel may be cut into so many shards."""
@@ -103,6 +118,96 @@ class Operands:
         return y
 
 
+@dataclasses.dataclass(frozen=True)
+class AxisPlan:
+    """What is done along one axis of the mesh, before the contraction.
+
+    Attributes:
+        gathers_kernel, cuts_kernel: dim of the kernel, or None.
+        gathers_input, cuts_input: dim of the input, or None.
+        is_column: whether outputs are cut: the gradient of the input is a sum.
+        column_dim: dim of the input that it is gathered along, or None.
+        has_own_rows: whether each process sees rows of its own: the gradient of
+            the kernel is a sum.
+        sums: whether the result is to be summed.
+        placement: of the result, once it is.
+    """
+
+    gathers_kernel: int | None = None
+    cuts_kernel: int | None = None
+    gathers_input: int | None = None
+    cuts_input: int | None = None
+    is_column: bool = False
+    column_dim: int | None = None
+    has_own_rows: bool = False
+    sums: bool = False
+    placement: Replicate | Shard = Replicate()
+
+
+def plan_axis(letters, kernel_dim, input_dim, shards, cut_dims):
+    """The `AxisPlan` of an axis. Does nothing.
+
+    Args:
+        letters: the `Contraction`.
+        kernel_dim, input_dim: the dims that the axis cuts, or None.
+        shards: int, the size of the axis.
+        cut_dims: the dims of the kernel that any axis cuts.
+    """
+    gathers_kernel = None
+    if kernel_dim is not None:
+        if not letters.can_cut(letters.kernel[kernel_dim], shards):
+            gathers_kernel, kernel_dim = kernel_dim, None
+    cuts_kernel = None
+    if kernel_dim is None and input_dim is not None:
+        letter = letters.inputs[input_dim]
+        if letter not in letters.kernel:
+            # Rows, say, of a sequence: each process sees its own.
+            return AxisPlan(
+                gathers_kernel,
+                has_own_rows=True,
+                placement=Shard(letters.output.index(letter)),
+            )
+        dim = letters.kernel.index(letter)
+        if (
+            letter in letters.output
+            and letters.can_cut(letter, shards)
+            and dim not in cut_dims
+        ):
+            cuts_kernel = kernel_dim = dim
+    if kernel_dim is None:
+        return AxisPlan(gathers_kernel, gathers_input=input_dim)
+    letter = letters.kernel[kernel_dim]
+    if letter not in letters.inputs:
+        return AxisPlan(
+            cuts_kernel=cuts_kernel,
+            is_column=True,
+            column_dim=input_dim,
+            placement=Shard(letters.output.index(letter)),
+        )
+    wanted, gathers_input, cuts_input = letters.inputs.index(letter), None, None
+    if input_dim != wanted:
+        gathers_input, cuts_input = input_dim, wanted
+    stays = letter in letters.output  # Else it is a row: what it sums over.
+    return AxisPlan(
+        cuts_kernel=cuts_kernel,
+        gathers_input=gathers_input,
+        cuts_input=cuts_input,
+        sums=not stays,
+        placement=(
+            Shard(letters.output.index(letter)) if stays else Replicate()
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(letters, kernel_dims, input_dims, sizes):
+    """The `AxisPlan` of each axis."""
+    return tuple(
+        plan_axis(letters, *dims, kernel_dims)
+        for dims in zip(kernel_dims, input_dims, sizes)
+    )
+
+
 def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
     """Cuts and gathers an input and a kernel to fit each other.
 
@@ -119,73 +224,45 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
     Returns:
         `Operands`.
     """
-    x, x_placements = activations.local(inputs, mesh)
+    x, input_placements = activations.local(inputs, mesh)
     if x.device != kernel.device:
         # As Keras's own operations take what a program hands them.
         x = x.to(kernel.device)
-    placements, sums, shared = [], [], []
-    gathers, columns, slices = [], [], []
-    cut_dims = [dim_of(p) for p in kernel_placements]
-    for axis in range(mesh.ndim):
-        group, shards = mesh.get_group(axis), mesh.size(axis)
-        kernel_dim = cut_dims[axis]
-        x_dim = dim_of(x_placements[axis])
-        if kernel_dim is not None and not letters.can_cut(
-            letters.kernel[kernel_dim], shards
-        ):
-            kernel = collectives.AllGather.apply(
-                kernel, kernel_dim, shape[kernel_dim], group
-            )
-            kernel_dim = None
-        if kernel_dim is None and x_dim is not None:
-            letter = letters.inputs[x_dim]
-            if letter not in letters.kernel:
-                # Rows, say, of a sequence: each process sees its own.
-                shared.append(group)
-                placements.append(Shard(letters.output.index(letter)))
-                continue
-            kernel_dim = letters.kernel.index(letter)
-            if (
-                letter in letters.output
-                and letters.can_cut(letter, shards)
-                and kernel_dim not in cut_dims
-            ):
-                kernel = collectives.Slice.apply(kernel, kernel_dim, group)
-            else:
-                kernel_dim = None
-        if kernel_dim is None:
-            if x_dim is not None:
-                gathers.append((axis, x_dim))
-            placements.append(Replicate())
-            continue
-        letter = letters.kernel[kernel_dim]
-        if letter not in letters.inputs:  # column
-            columns.append((axis, x_dim))
-            placements.append(Shard(letters.output.index(letter)))
-            continue
-        wanted = letters.inputs.index(letter)
-        if x_dim != wanted:
-            if x_dim is not None:
-                gathers.append((axis, x_dim))
-            slices.append((axis, wanted))
-        if letter in letters.output:
-            placements.append(Shard(letters.output.index(letter)))
-        else:  # row
-            sums.append(axis)
-            placements.append(Replicate())
+    plans = plan(
+        letters,
+        tuple(map(dim_of, kernel_placements)),
+        tuple(map(dim_of, input_placements)),
+        tuple(mesh.shape),
+    )
+    groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    for each, group in zip(plans, groups):
+        dim = each.gathers_kernel
+        if dim is not None:
+            kernel = collectives.AllGather.apply(kernel, dim, shape[dim], group)
+        if each.cuts_kernel is not None:
+            kernel = collectives.Slice.apply(kernel, each.cuts_kernel, group)
     # What is gathered is gathered before another axis cuts the same dim.
     steps = ()  # what has been done to the input, for those who share it
-    for axis, dim in gathers:
-        steps += (("gather", axis),)
-        x = _gather(x, dim, inputs, mesh.get_group(axis))
-    for axis, dim in columns:
-        steps += (("column", axis),)
-        x = _column_input(x, dim, inputs, steps, mesh.get_group(axis))
-    for axis, dim in slices:
-        x = collectives.Slice.apply(x, dim, mesh.get_group(axis))
-    for group in shared:
-        kernel = collectives.AllReduceGradient.apply(kernel, group)
-    return Operands(x, kernel, placements, sums, mesh)
+    for axis, each in enumerate(plans):
+        if each.gathers_input is not None:
+            steps += (("gather", axis),)
+            x = _gather(x, each.gathers_input, inputs, groups[axis])
+    for axis, each in enumerate(plans):
+        if each.is_column:
+            steps += (("column", axis),)
+            x = _column_input(x, each.column_dim, inputs, steps, groups[axis])
+    for each, group in zip(plans, groups):
+        if each.cuts_input is not None:
+            x = collectives.Slice.apply(x, each.cuts_input, group)
+        if each.has_own_rows:
+            kernel = collectives.AllReduceGradient.apply(kernel, group)
+    return Operands(
+        x,
+        kernel,
+        [each.placement for each in plans],
+        [axis for axis, each in enumerate(plans) if each.sums],
+        mesh,
+    )
 
 
 def _gather(x, dim, inputs, group):

@@ -18,7 +18,6 @@ import logging
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Replicate
 from torch.overrides import TorchFunctionMode
 
 from keras.src.backend.common import KerasVariable
@@ -152,7 +151,7 @@ class OnShards(TorchFunctionMode):
         model_mesh, mesh = self.meshes
         meshes = {x.device_mesh for x in shards}
         if not meshes <= {model_mesh, mesh}:
-            # Those of a plan that somebody wrote for a torch module.
+            # Those of a plan that the user wrote for a torch module.
             return func(*args, **kwargs)
         if name in ELEMENTWISE and _is_of_one_tensor(args, kwargs):
             return on_local_shard(func, *args, **kwargs)
@@ -188,7 +187,7 @@ def on_dtensors(func, args, kwargs, mesh):
         # Its gradient must come back plain, to the plain code that made it.
         if isinstance(x, DTensor) or not x.requires_grad:
             return x
-        whole = (Replicate(),) * mesh.ndim
+        whole = sharded.replicate(mesh)
         return sharded.Enter.apply(x, mesh, whole, tuple(x.shape))
 
     args, kwargs = _map(enter, (args, kwargs))
@@ -211,9 +210,8 @@ def on_whole_values(func, args, kwargs, why):
         return func(*args, **kwargs)
     func(*args, **kwargs)
     mesh, shape = target.device_mesh, tuple(target.shape)
-    y = sharded.Enter.apply(
-        args[0], mesh, (Replicate(),) * mesh.ndim, shape
-    ).redistribute(placements=target.placements)
+    y = sharded.Enter.apply(args[0], mesh, sharded.replicate(mesh), shape)
+    y = y.redistribute(placements=target.placements)
     return target.copy_(y)
 
 
@@ -269,16 +267,13 @@ def _map(function, structure):
     return structure
 
 
-_logged = set()
-
-
 def log(func, why):
-    if not logger.isEnabledFor(logging.DEBUG):
+    """Says once for a distribution what is gathered, and why."""
+    context = current()
+    if context is None or not logger.isEnabledFor(logging.DEBUG):
         return
-    layer = modes.layer
-    key = (name_of(func), getattr(layer, "path", None))
-    if key not in _logged:
-        _logged.add(key)
+    key = (name_of(func), getattr(modes.layer, "path", None))
+    if context.says_first("on whole values", *key):
         logger.debug(
             "operator %s in layer %s runs on whole values, gathered for each "
             "call: %s",

@@ -120,7 +120,7 @@ def reduce_scatter(x, dim, group):
     start, stop = shard_range(size, shards, dist.get_rank(group))
     if result.shape[dim] == stop - start:
         return result
-    # A new tensor, no view: somebody may write into it.
+    # A new tensor, no view: the caller may write into it.
     return result.narrow(dim, 0, stop - start).clone()
 
 

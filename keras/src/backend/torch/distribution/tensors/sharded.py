@@ -13,6 +13,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
+from keras.src.backend.common.masking import get_keras_mask
+from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.torch.distribution import private
 
 REQUESTED = "_keras_requested_layout"
@@ -44,6 +46,28 @@ def wrap(local, mesh, placements, shape, kind=DTensor):
     spec = _spec(mesh, id(mesh), tuple(placements), tuple(shape), local.dtype)
     local = local.contiguous()  # As the strides of the specification say.
     return kind(local, spec, requires_grad=local.requires_grad)
+
+
+def replicate(mesh):
+    """The placements of a whole tensor."""
+    return (Replicate(),) * mesh.ndim
+
+
+def keep_mask(y, x, function=lambda mask: mask):
+    """Gives `y`, which was made of `x`, the Keras mask of `x`.
+
+    Args:
+        y: tensor.
+        x: tensor.
+        function: what was done to `x`, for its mask.
+
+    Returns:
+        `y`.
+    """
+    mask = get_keras_mask(x)
+    if mask is not None:
+        set_keras_mask(y, function(mask))
+    return y
 
 
 def local_of(x):
@@ -108,9 +132,7 @@ class Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if not isinstance(grad, DTensor):
-            enter = Enter.apply if torch.is_grad_enabled() else wrap
-            replicate = (Replicate(),) * ctx.mesh.ndim
-            grad = enter(grad, ctx.mesh, replicate, tuple(grad.shape))
+            grad = enter_whole(grad, ctx.mesh)
         if list(grad.placements) != ctx.placements:
             grad = grad.redistribute(placements=ctx.placements)
         return grad
@@ -155,11 +177,9 @@ class Enter(torch.autograd.Function):
         again = torch.is_grad_enabled()
         if not isinstance(grad, DTensor):
             # Plain tensors are whole: let every axis take its own part.
-            replicate = (Replicate(),) * ctx.mesh.ndim
-            if ctx.placements == replicate:
+            if ctx.placements == replicate(ctx.mesh):
                 return grad, None, None, None
-            enter = Enter.apply if again else wrap
-            grad = enter(grad, ctx.mesh, replicate, tuple(grad.shape))
+            grad = enter_whole(grad, ctx.mesh)
         if tuple(grad.placements) != ctx.placements:
             grad = grad.redistribute(placements=ctx.placements)
         return Leave.apply(grad) if again else local_of(grad), *(None,) * 3
@@ -186,6 +206,15 @@ class Leave(torch.autograd.Function):
         return enter(grad.contiguous(), ctx.mesh, ctx.placements, ctx.shape)
 
 
+def enter_whole(x, mesh):
+    """A tensor that is equal on all processes of a mesh, as a DTensor.
+
+    Its gradient becomes plain where a graph is made, and only there.
+    """
+    enter = Enter.apply if torch.is_grad_enabled() else wrap
+    return enter(x, mesh, replicate(mesh), tuple(x.shape))
+
+
 def whole(x):
     """A plain, whole tensor; anything but a DTensor is returned as it is.
 
@@ -197,7 +226,7 @@ def whole(x):
         return x.whole()
     x = reduced(x)
     if not is_whole(x):
-        x = x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+        x = x.redistribute(placements=replicate(x.device_mesh))
     return Leave.apply(x)
 
 

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Partial
-from torch.distributed.tensor import Replicate
 
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import weights
@@ -114,7 +113,7 @@ def _close(accumulator, context):
     settled = accumulator._value
     forms = getattr(accumulator, "_forms", None)
     if forms is None or forms[0] is not settled:
-        placements = [Replicate()] * context.mesh.ndim
+        placements = list(sharded.replicate(context.mesh))
         if isinstance(settled, DTensor):
             placements = list(settled.placements)
         placements[context.data_axis] = Partial()

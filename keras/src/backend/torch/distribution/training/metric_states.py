@@ -5,8 +5,9 @@ processes. Within a step it holds the local state: what this data shard has
 counted. The sum over data shards of what was added locally is the whole.
 
 Two tensors take turns in the variable, so that neither is rounded by being
-turned into the other. If somebody writes into the whole state (`reset_state`,
-`assign`), which tensors count, all shards start from what was written.
+turned into the other. If the program writes into the whole state
+(`reset_state`, `assign`), which tensors count, all shards start from what was
+written.
 
 Code that sees the global batch (see `global_rows`) sees the local state as what
 it is: an addend of the whole one.
