@@ -52,29 +52,30 @@ def reduce_logs(metrics, states, logs, flags, context):
     # processes counts them once for each.
     share = context.data_size / dist.get_world_size()
     weight = rows.share(context)
-    values = [metric_states.portion(v, weight, context) * share for v in states]
-    values += [
-        collectives.weighted(metric_states.flat(logs[name]), share * weight)
-        for name in others
-    ]
     # A log may bear a metric's name and be none: a train step's own loss, say,
     # beside the unused tracker of `compile`. Whether it is one, all decide
     # together; a process without rows has computed on a row that is not its
     # own, and has no say.
     local = _results(metrics)
-    values += [
-        _differs(logs[name], local.get(name)) * float(weight > 0)
-        for name in others
-    ]
-    reduced, flags = _add_up(values, flags)
-    for variable, value in zip(states, reduced):
-        metric_states.write_whole(variable, value, context)
-    with metric_states.whole(states):
-        results = _results(metrics)
-    means = reduced[len(states) :][: len(others)]
-    differences = reduced[len(states) + len(others) :]
+    sums, flags = _add_up(
+        flags,
+        states=[
+            metric_states.portion(v, weight, context) * share for v in states
+        ],
+        means=[
+            collectives.weighted(metric_states.flat(logs[name]), share * weight)
+            for name in others
+        ],
+        differences=[
+            _differs(logs[name], local.get(name)) * float(weight > 0)
+            for name in others
+        ],
+    )
+    results = _write_states(metrics, states, sums["states"], context)
     logs = {**logs, **{n: r for n, r in results.items() if n in logs}}
-    for name, mean, difference in zip(others, means, differences):
+    for name, mean, difference in zip(
+        others, sums["means"], sums["differences"]
+    ):
         mean = mean.view(shapes[name])
         if name in results:
             result = torch.as_tensor(results[name], device=mean.device)
@@ -92,15 +93,17 @@ def reduce_global_logs(metrics, states, logs, flags, context):
     """
     share = context.data_size / dist.get_world_size()
     leaves = tree.flatten(tree.map_structure(_value, logs))
-    sums = [x for x in leaves if carrier.is_addend(x)]
-    values = [metric_states.portion(v, 1.0, context) * share for v in states]
-    values += [metric_states.flat(x.local) * share for x in sums]
-    reduced, flags = _add_up(values, flags)
-    for variable, value in zip(states, reduced):
+    addends = [x for x in leaves if carrier.is_addend(x)]
+    sums, flags = _add_up(
+        flags,
+        states=[metric_states.portion(v, 1.0, context) * share for v in states],
+        addends=[metric_states.flat(x.local) * share for x in addends],
+    )
+    for variable, value in zip(states, sums["states"]):
         metric_states.write_whole(variable, value, context)
     whole = {
         id(x): value.view(x.shape).to(x.dtype)
-        for x, value in zip(sums, reduced[len(states) :])
+        for x, value in zip(addends, sums["addends"])
     }
     with metric_states.whole(states):
         metric_states.fulfil(states)
@@ -108,31 +111,41 @@ def reduce_global_logs(metrics, states, logs, flags, context):
     return tree.pack_sequence_as(logs, leaves), flags
 
 
-def _add_up(values, flags):
-    """The sums over processes of tensors and of numbers of the host, in one
+def _write_states(metrics, states, sums, context):
+    """Gives metrics their whole states; returns their results by name."""
+    for variable, value in zip(states, sums):
+        metric_states.write_whole(variable, value, context)
+    with metric_states.whole(states):
+        return _results(metrics)
+
+
+def _add_up(flags, **parts):
+    """The sums over processes of numbers of the host, and of tensors; in one
     collective if the tensors lie on the host too.
 
     Collective: every process calls it.
 
     Args:
-        values: list of 1-D tensors.
         flags: list of numbers, added up in float64.
+        parts: lists of 1-D tensors, by name.
 
     Returns:
-        Tuple of a list of tensors, and a list of numbers.
+        Tuple of a dict of the lists of sums, and the list of sums of numbers.
     """
+    values = [value for part in parts.values() for value in part]
     if not values:
-        return [], add_up(flags)
+        return parts, add_up(flags)
     device = values[0].device
     # The host reads the flags, and must not wait for a GPU to do so.
     is_on_host = device.type == "cpu"
-    rides = [torch.tensor(flags, dtype=torch.float64)] if is_on_host else []
+    if is_on_host:
+        values.append(torch.tensor(flags, dtype=torch.float64))
     # A number that a train step returns lies on the host.
-    state = torch.cat([v.to(device) for v in [*values, *rides]])
+    state = torch.cat([value.to(device) for value in values])
     dist.all_reduce(state)
-    sums = state.split([v.numel() for v in [*values, *rides]])
-    flags = sums[-1].tolist() if is_on_host else add_up(flags)
-    return sums[: len(values)], flags
+    sums = iter(state.split([value.numel() for value in values]))
+    parts = {name: [next(sums) for _ in part] for name, part in parts.items()}
+    return parts, next(sums).tolist() if is_on_host else add_up(flags)
 
 
 def _differs(log, result):
