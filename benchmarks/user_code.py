@@ -2,7 +2,7 @@
 
 Trains, by `fit` under `DataParallel`, the GPT with its blocks written as a
 composite layer, and the MLP with a loss function of one's own: as they are, and
-as if they were on the list of known code, so that they run on our rows. Both
+as if they were on the list of known code, so that they run on local rows. Both
 take turns in the same processes; a ratio is of two epochs of one round.
 
     python benchmarks/user_code.py --rounds 15
@@ -15,7 +15,7 @@ import time
 import processes
 import workloads
 
-VARIANTS = ("our rows", "global batch")
+VARIANTS = ("local rows", "global batch")
 
 
 def worker(rank, report, name, rounds, steps):
@@ -74,13 +74,13 @@ def worker(rank, report, name, rounds, steps):
 
     def epoch(variant):
         lists.layers, lists.functions = {
-            "our rows": as_known,
+            "local rows": as_known,
             "global batch": own,
         }[variant]
         start = time.perf_counter()
         model.fit(x, y, batch_size=sizes.batch, verbose=0, shuffle=False)
         seconds = time.perf_counter() - start
-        assert model.train_function.is_known == (variant == "our rows")
+        assert model.train_function.is_known == (variant == "local rows")
         return seconds / steps
 
     for variant in VARIANTS * 2:
@@ -97,12 +97,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--names", nargs="*", default=["mlp", "gpt"])
     arguments = parser.parse_args()
-    print("| | ms a step, our rows | global batch | ratio (quartiles) |")
+    print("| | ms a step, local rows | global batch | ratio (quartiles) |")
     print("| --- | --- | --- | --- |")
     for name in arguments.names:
         steps = 20 if "mlp" in name else 4
         rounds = list(processes.launch(worker, (name, arguments.rounds, steps)))
-        ratios = sorted(r["global batch"] / r["our rows"] for r in rounds)
+        ratios = sorted(r["global batch"] / r["local rows"] for r in rounds)
         low, middle, high = statistics.quantiles(ratios, n=4)
         times = [
             f"{1000 * statistics.median(r[v] for r in rounds):.2f}"

@@ -71,7 +71,7 @@ def weights(model):
     return {v.path: numpy(v) for v in model.variables}
 
 
-def our_rows(x):
+def local_rows(x):
     """What a hand-written step takes of a batch: the rows of its shard."""
     distribution = keras.distribution.distribution()
     if distribution is not None:
@@ -82,7 +82,7 @@ def our_rows(x):
 
 
 def all_rows(x):
-    """What `our_rows` has cut, together again."""
+    """What `local_rows` has cut, together again."""
     context = current()
     if context is None or context.data_size == 1:
         return x
@@ -93,7 +93,7 @@ def all_rows(x):
 
 def backward(model, x):
     """One backward pass over a batch, without zeroing gradients."""
-    ops.mean(model(our_rows(x), training=True) ** 2).backward()
+    ops.mean(model(local_rows(x), training=True) ** 2).backward()
 
 
 def mlp(norm="norm", **kwargs):

@@ -19,10 +19,10 @@ from integration_tests.training.gradient_programs import backward
 from integration_tests.training.gradient_programs import check
 from integration_tests.training.gradient_programs import distributions
 from integration_tests.training.gradient_programs import gradients
+from integration_tests.training.gradient_programs import local_rows
 from integration_tests.training.gradient_programs import mlp
 from integration_tests.training.gradient_programs import normal
 from integration_tests.training.gradient_programs import numpy
-from integration_tests.training.gradient_programs import our_rows
 from integration_tests.training.gradient_programs import run
 from integration_tests.training.gradient_programs import weights
 from keras import layers
@@ -60,7 +60,7 @@ def test_grad_function(world_size):
 
     def program():
         model = mlp()
-        x = our_rows(normal(4))
+        x = local_rows(normal(4))
         results = []
         for _ in range(2):
             y = model(x)
@@ -83,7 +83,7 @@ def test_grad_function_has_the_layout_of_the_weight(world_size):
 
         def program():
             model = mlp()
-            grads = grad(ops.mean(model(our_rows(normal(4))) ** 2), model)
+            grads = grad(ops.mean(model(local_rows(normal(4))) ** 2), model)
             for v in model.trainable_variables:
                 got = grads[v.path]
                 assert type(got) is (
@@ -105,7 +105,7 @@ def test_training_by_grad_function(world_size):
         optimizer = keras.optimizers.SGD(0.1)
         trained = model.trainable_variables
         for step in range(3):
-            loss = ops.mean(model(our_rows(normal(4) + step)) ** 2)
+            loss = ops.mean(model(local_rows(normal(4) + step)) ** 2)
             grads = grad(loss, model)
             assert all(v.value.grad is None for v in trained)
             with torch.no_grad():
@@ -124,7 +124,7 @@ def test_grad_function_of_unused_weights(world_size):
         results = []
         for model in (used, used, unused):
             grads = torch.autograd.grad(
-                ops.mean(model(our_rows(normal(4))) ** 2),
+                ops.mean(model(local_rows(normal(4))) ** 2),
                 [v.value for v in trained],
                 allow_unused=True,
             )
@@ -144,7 +144,7 @@ def test_grad_function_of_weights_used_by_some(rank):
         model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
         rarely = layers.Dense(1, name="rarely")
         rarely.build((None, 4))
-        x = our_rows(normal(4))
+        x = local_rows(normal(4))
 
         def step():
             loss = ops.mean(model(x))
@@ -209,7 +209,7 @@ TWICE = [functools.partial(mlp, norm="between"), statistics]
 def test_penalty_of_gradients_of_weights(make, world_size):
     def program():
         model = make()
-        x = our_rows(normal(4))
+        x = local_rows(normal(4))
         results = []
         for _ in range(2):
             model.zero_grad()
@@ -247,7 +247,7 @@ def test_weights_used_outside_of_layers(world_size):
 def test_two_losses_of_one_graph_accumulate(world_size):
     def program():
         model = mlp()
-        y = model(our_rows(normal(4)))
+        y = model(local_rows(normal(4)))
         ops.mean(y**2).backward(retain_graph=True)
         ops.mean(ops.abs(y)).backward()
         return gradients(model)
@@ -277,7 +277,7 @@ def test_models_take_turns(world_size):
             with torch.no_grad():
                 optimizer.apply([v.value.grad for v in trained], trained)
 
-        noise, real = our_rows(noise), our_rows(real)
+        noise, real = local_rows(noise), local_rows(real)
         for _ in range(3):
             fake = generator(noise).detach()
             loss = ops.mean(critic(fake) ** 2) - ops.mean(critic(real))
@@ -304,7 +304,7 @@ def test_unused_parameter_has_no_gradient(world_size):
 
     def program():
         model = Branches()
-        x = our_rows(normal(4))
+        x = local_rows(normal(4))
         results = []
         # A branch that the passes before let expect, and the other one.
         for branch in (True, True, False, True):

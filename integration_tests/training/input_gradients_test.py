@@ -12,10 +12,10 @@ from integration_tests.training.gradient_programs import ROWS
 from integration_tests.training.gradient_programs import all_rows
 from integration_tests.training.gradient_programs import check
 from integration_tests.training.gradient_programs import gradients
+from integration_tests.training.gradient_programs import local_rows
 from integration_tests.training.gradient_programs import mlp
 from integration_tests.training.gradient_programs import normal
 from integration_tests.training.gradient_programs import numpy
-from integration_tests.training.gradient_programs import our_rows
 from keras import layers
 from keras import ops
 
@@ -23,12 +23,13 @@ pytestmark = pytest.mark.world(2, 4)
 
 
 def test_gradients_of_our_rows(world_size):
-    """Of a sum over rows they are one device's, for our rows; of a mean, whose
-    divisor is that of our rows, they are larger by (all) / (our rows)."""
+    """Of a sum over rows they are one device's, for local rows; of a mean,
+    whose divisor is that of local rows, they are larger by (all) / (local
+    rows)."""
 
     def program():
         model = mlp()
-        x = our_rows(normal(4)).requires_grad_()
+        x = local_rows(normal(4)).requires_grad_()
         share = len(x) / ROWS
         y = model(x)
         of_sum = torch.autograd.grad(ops.sum(y**2), x, retain_graph=True)[0]
@@ -47,7 +48,7 @@ def test_penalty_of_gradients_of_inputs(world_size):
 
     def program():
         model = mlp(norm="between")
-        x = our_rows(normal(4)).requires_grad_()
+        x = local_rows(normal(4)).requires_grad_()
         (of_rows,) = torch.autograd.grad(
             ops.sum(model(x)), x, create_graph=True
         )
@@ -105,7 +106,7 @@ def test_recomputed_activations(world_size, run_backward):
     def program():
         with keras.RematScope(mode="full"):
             model = mlp()
-            loss = ops.mean(model(our_rows(normal(4)), training=True) ** 2)
+            loss = ops.mean(model(local_rows(normal(4)), training=True) ** 2)
             run_backward(loss.backward)
         return gradients(model)
 
@@ -119,7 +120,7 @@ def test_torch_checkpoint(world_size, run_backward):
         second.build((None, 2))
         y = torch.utils.checkpoint.checkpoint(
             lambda x: second(first(x)),
-            our_rows(normal(4)),
+            local_rows(normal(4)),
             use_reentrant=False,
         )
         run_backward(ops.mean(y**2).backward)

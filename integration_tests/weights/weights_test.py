@@ -221,7 +221,7 @@ class Penalized(keras.Sequential):
 def test_penalty_in_a_train_step(name, world_size):
     def program(model):
         model.penalty = PENALTIES[name]
-        # Its mean is over our rows: of as many on each data shard.
+        # Its mean is over local rows: of as many on each data shard.
         x, y = (np.concatenate([a, a[:1]]) for a in data())
         history = model.fit(x, y, batch_size=8, epochs=2, verbose=0).history
         return history, gradients(model)

@@ -98,13 +98,13 @@ def share_of_rows():
 
 @_of_backend
 def share_of_sum(x, dtype):
-    """The part that belongs to our rows of the sum of `x` over all rows.
+    """The part that belongs to local rows of the sum of `x` over all rows.
 
     It has no gradient. Collective where `share_of_rows` is not None: every
     process calls it.
 
     Args:
-        x: tensor, a sum over our rows.
+        x: tensor, a sum over local rows.
         dtype: of the result.
     """
     raise NotImplementedError("The rows of a batch are not spread.")
@@ -142,7 +142,7 @@ def gather_rows(x):
 
 @_of_backend
 def own_rows(x):
-    """Those of our rows, of a tensor that has all of them."""
+    """Those of local rows, of a tensor that has all of them."""
     return x
 
 

@@ -91,7 +91,7 @@ def on_shards(on_threads, total, function):
             types.SimpleNamespace(**{context_lib.ATTRIBUTE: context}),
         )
         start, stop = rows.split(total, SHARDS, rank)
-        ours = rows.of_split(total, SHARDS, rank)
+        ours = rows.split_evenly(total, SHARDS, rank)
         with rows.current_rows(ours):
             return ours.weight, function(start, stop)
 

@@ -1,8 +1,8 @@
-"""Overlay: metrics of Keras's own count our rows.
+"""Overlay: metrics of Keras's own count local rows.
 
 In a step in which code sees the global batch (see `distribution/global_rows`),
-an update of a metric of Keras's own runs on our rows, and its result is put off
-until the states of all data shards are known. A metric of the user's own is
+an update of a metric of Keras's own runs on local rows, and its result is put
+off until the states of all data shards are known. A metric of the user's own is
 handed the global batch.
 """
 
@@ -22,12 +22,12 @@ class Metric(upstream.Metric):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "update_state" in vars(cls):
-            cls.update_state = _on_our_rows(cls.update_state)
+            cls.update_state = _on_local_rows(cls.update_state)
         if "result" in vars(cls):
             cls.result = _put_off(cls.result)
 
 
-def _on_our_rows(update_state):
+def _on_local_rows(update_state):
     @functools.wraps(update_state)
     def update(self, *args, **kwargs):
         function = functools.partial(update_state, self)

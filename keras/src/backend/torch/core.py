@@ -114,7 +114,7 @@ class Variable(upstream.Variable):
     @modes.direct()
     def _direct_assign(self, value):
         if _code_sees_global_batch():
-            state = metric_states.of_step(self)
+            state = metric_states.state_in_step(self)
             if state is not None:
                 metric_states.assign(self, state, value)
                 return
@@ -128,7 +128,7 @@ class Variable(upstream.Variable):
     def _maybe_autocast(self, value):
         value = super()._maybe_autocast(value)
         if _code_sees_global_batch():
-            state = metric_states.of_step(self)
+            state = metric_states.state_in_step(self)
             if state is not None:
                 return metric_states.as_addend(
                     value, state, modes.modes.step.shards
@@ -197,14 +197,14 @@ def remat(f):
 
     def wrapped(*args, **kwargs):
         again = modes.as_now()
-        our_rows = rows.get_current_rows()
+        local_rows = rows.get_current_rows()
         context = current()
 
         @again
         def function(*args, **kwargs):
             if context is None:
                 return f(*args, **kwargs)
-            with operators.on_shards(context), rows.current_rows(our_rows):
+            with operators.on_shards(context), rows.current_rows(local_rows):
                 return f(*args, **kwargs)
 
         return released_remat(function)(*args, **kwargs)

@@ -155,7 +155,7 @@ def distribute_tensor(tensor, layout):
     is_activation = modes.calls or storage.is_in_layer()
     if type(tensor) is GlobalTensor:
         if is_activation and context is not None:
-            return activations.of_rows(
+            return activations.map_rows(
                 tensor, _relayout_activation, layout, context
             )
         return tensor

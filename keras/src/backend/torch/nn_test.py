@@ -50,7 +50,7 @@ def in_a_step(rank, world_size, total, function):
     start, stop = rows.split(total, world_size, rank)
     modes.calls += 1
     try:
-        with rows.current_rows(rows.of_split(total, world_size, rank)):
+        with rows.current_rows(rows.split_evenly(total, world_size, rank)):
             return function(start, stop)
     finally:
         modes.calls -= 1

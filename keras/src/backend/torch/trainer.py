@@ -171,7 +171,7 @@ def _warn_of_unmatched_outputs():
 
 
 class Step:
-    """A train, test or predict function of released Keras, on our rows.
+    """A train, test or predict function of released Keras, on local rows.
 
     Collective under a distribution: every process calls it.
 
@@ -274,7 +274,7 @@ class Step:
         """The variables of metrics, if data shards count apart."""
         if context.data_size == 1:
             return []
-        return metric_states.of(
+        return metric_states.states_of(
             self.model.metrics, lambda: self.model.variables
         )
 
@@ -334,7 +334,7 @@ class TrainStep(Step):
         step = getattr(self.model.train_step, "__func__", None)
         if step is not TorchTrainer.train_step:
             return super().run(data)
-        with accumulation.of_step(self.model.optimizer, current()):
+        with accumulation.accumulating(self.model.optimizer, current()):
             return super().run(data)
 
 

@@ -96,7 +96,7 @@ def on_global_batch(step):
     return _set(step=step, known=False)
 
 
-def on_our_rows():
+def on_local_rows():
     """Within it, code that knows about rows is handed ours."""
     return _set(known=True)
 

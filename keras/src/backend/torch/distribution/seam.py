@@ -50,7 +50,7 @@ def is_distributed():
 
 
 def share_of_rows():
-    context = rows.context_of_ours()
+    context = rows.context_of_local_rows()
     return None if context is None else rows.share(context)
 
 

@@ -159,7 +159,7 @@ def _statistics(x, weight, context):
         ours = torch.cat([mean, variance, share])
         # What we computed on is not ours to count if we have no rows.
         ours = ours if weight else torch.zeros_like(ours)
-        shards = collectives.of_each_process(ours, context.data_group)
+        shards = collectives.gather_each(ours, context.data_group)
         means, variances, shares = shards.split(
             [x.shape[1], x.shape[1], 1], dim=1
         )

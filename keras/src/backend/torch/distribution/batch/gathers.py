@@ -9,7 +9,7 @@ from keras.src.backend.torch.distribution.tensors import sharded
 
 
 def gather(x, context):
-    """All rows, in order, of a tensor that holds our rows.
+    """All rows, in order, of a tensor that holds local rows.
 
     Collective: every process of the data axis calls it, with the rows of
     `current_rows`.
@@ -38,7 +38,7 @@ def gather_parts(x, rows, group):
         result = x.new_empty((most * len(sizes), *x.shape[1:]))
         collectives.gather_into(result, x, group)
         return result
-    pieces = collectives.of_each_process(x, group)
+    pieces = collectives.gather_each(x, group)
     return torch.cat([piece[:size] for piece, size in zip(pieces, sizes)])
 
 
@@ -46,7 +46,7 @@ class GatherForLoss(torch.autograd.Function):
     """All rows, for a loss that looks at those of other shards.
 
     Collective, forward and backward. A gradient on shard i belongs to the loss
-    of shard i: as in `collectives.SumOverData`, our rows get
+    of shard i: as in `collectives.SumOverData`, local rows get
     (sum of weight_i * gradient_i) / (our weight).
     """
 

@@ -1,9 +1,9 @@
 """What shares memory with a `GlobalTensor`: views of it, and its gradient.
 
-A view that the table knows is a box around a view of our rows, so torch itself
-keeps them the same. Others are views of the gathered rows, which are a copy:
-what is written into them is taken back before our rows are used again, and what
-is written into our rows is gathered again for them.
+A view that the table knows is a box around a view of local rows, so torch
+itself keeps them the same. Others are views of the gathered rows, which are a
+copy: what is written into them is taken back before local rows are used again,
+and what is written into local rows is gathered again for them.
 """
 
 import weakref
@@ -19,7 +19,7 @@ FOLLOWED = "_keras_followed"
 
 
 def _memory(x):
-    """The tensor whose memory our rows, or addend, are in."""
+    """The tensor whose memory local rows, or addend, are in."""
     base = x.local._base
     return x.local if base is None else base
 
@@ -84,7 +84,7 @@ def follow(result, boxes):
 
 
 def written_into(x):
-    """To be called when a program has written into our rows.
+    """To be called when a program has written into local rows.
 
     Collective along the data axis, if there are views of gathered rows: also
     where they are gone, which a process may find out sooner than another.

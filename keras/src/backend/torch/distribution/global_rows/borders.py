@@ -25,7 +25,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import whole
 from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_global_batch
-from keras.src.backend.torch.distribution.modes import on_our_rows
+from keras.src.backend.torch.distribution.modes import on_local_rows
 from keras.src.backend.torch.distribution.tensors import sharded
 
 assert rules.MODULES
@@ -55,17 +55,19 @@ class Step:
             self._rows[counts] = rows
         return rows
 
-    def of_split(self, total):
+    def split_evenly(self, total):
         """The `Rows` of a whole batch of so many rows."""
         context = self.context
-        rows = rows_lib.of_split(total, context.data_size, context.data_index)
+        rows = rows_lib.split_evenly(
+            total, context.data_size, context.data_index
+        )
         return self.bound(rows.counts)
 
     def enter(self, data, rows):
-        """A batch of our rows, as the global one.
+        """A batch of local rows, as the global one.
 
         Args:
-            data: nested arrays with our rows in dim 0.
+            data: nested arrays with local rows in dim 0.
             rows: `rows.Rows`, of which the counts are taken.
         """
         rows = self.bound(rows.counts)
@@ -78,7 +80,7 @@ class Step:
             x = convert_to_tensor(x)
             if not x.ndim:
                 return x
-            return carrier.of_local(x[: rows.local], rows)
+            return carrier.from_local(x[: rows.local], rows)
 
         return tree.map_structure(enter, data)
 
@@ -130,7 +132,7 @@ def tensors_of(structure):
     return found
 
 
-def our_rows(x, rows):
+def local_rows(x, rows):
     """What known code computes on for an argument of the global batch.
 
     Collective along the data axis if `x` holds rows elsewhere.
@@ -139,13 +141,13 @@ def our_rows(x, rows):
         return x
     if type(x) is not GlobalTensor or x.rows is not rows or x.at != 0:
         if x.ndim and x.shape[0] == rows.total:
-            local = carrier.ours(x, 0, rows)
+            local = carrier.cut_rows(x, 0, rows)
         else:
             return whole(x)
     else:
         local = x.local
     local = carrier.with_a_row(local, rows)
-    return sharded.keep_mask(local, x, lambda mask: our_rows(mask, rows))
+    return sharded.keep_mask(local, x, lambda mask: local_rows(mask, rows))
 
 
 def call_layer(layer, function, args, kwargs):
@@ -162,11 +164,11 @@ def call_layer(layer, function, args, kwargs):
         # A whole batch: each data shard takes its part of the work.
         total = tensors[0].shape[0] if tensors[0].ndim else 0
         if total and all(x.ndim and x.shape[0] == total for x in tensors):
-            rows = modes.step.of_split(total)
+            rows = modes.step.split_evenly(total)
     if rows is None:
         if not any(type(x) is GlobalTensor for x in tensors):
             # Known code that is handed no rows computes what one device does.
-            with on_our_rows():
+            with on_local_rows():
                 return function(args, kwargs)
         return function(args, kwargs)
     if not known.takes(layer, [x.ndim for x in tensors]):
@@ -178,9 +180,9 @@ def call_layer(layer, function, args, kwargs):
             shared["attention_mask"] = whole(mask)
             kwargs = {k: v for k, v in kwargs.items() if k not in shared}
     args, kwargs = carrier.map_tensors(
-        lambda x: our_rows(x, rows), (args, kwargs)
+        lambda x: local_rows(x, rows), (args, kwargs)
     )
-    with on_our_rows(), rows_lib.current_rows(rows):
+    with on_local_rows(), rows_lib.current_rows(rows):
         outputs = function(args, {**kwargs, **shared})
     return carrier.map_tensors(lambda y: _output(layer, y, rows), outputs)
 
@@ -191,7 +193,7 @@ def _output(layer, y, rows):
             f"The layer '{layer.path}' was expected to return an entry for "
             f"each of {rows.local} rows. Received: shape {tuple(y.shape)}"
         )
-    return carrier.of_local(y, rows)
+    return carrier.from_local(y, rows)
 
 
 def call_loss(loss, function, y_true, y_pred, sample_weight):
@@ -207,11 +209,11 @@ def call_loss(loss, function, y_true, y_pred, sample_weight):
         return function(*arguments)
     if not known.is_known_loss(loss, tensors[0]):
         return function(*arguments)
-    arguments = carrier.map_tensors(lambda x: our_rows(x, rows), arguments)
-    with on_our_rows(), rows_lib.current_rows(rows):
+    arguments = carrier.map_tensors(lambda x: local_rows(x, rows), arguments)
+    with on_local_rows(), rows_lib.current_rows(rows):
         value = function(*arguments)
     if value.ndim:
-        return carrier.of_local(value, rows)
+        return carrier.from_local(value, rows)
     if not rows.local:
         # What we computed on is not ours to count.
         value = torch.nan_to_num(value, 0.0, 0.0, 0.0)
@@ -220,7 +222,7 @@ def call_loss(loss, function, y_true, y_pred, sample_weight):
 
 def call_metric(metric, function, args, kwargs):
     """`function(*args, **kwargs)`, an update of a metric in code that sees the
-    global batch: of our rows, if the metric is Keras's own."""
+    global batch: of local rows, if the metric is Keras's own."""
     rows = rows_of((args, kwargs))
     tensors = tensors_of((args, kwargs))
     if rows is None and _is_mean_of_an_addend(metric, tensors, args, kwargs):
@@ -228,7 +230,7 @@ def call_metric(metric, function, args, kwargs):
         shards = modes.step.shards
         count = kwargs.pop("sample_weight", args[1] if args[1:] else None)
         count = (1 if count is None else count) * shards.share
-        with on_our_rows(), rows_lib.current_rows(shards):
+        with on_local_rows(), rows_lib.current_rows(shards):
             return function(args[0].local / shards.share, count)
     y_pred = kwargs.get("y_pred", args[1] if len(args) > 1 else None)
     if y_pred is None or not isinstance(y_pred, torch.Tensor):
@@ -241,9 +243,9 @@ def call_metric(metric, function, args, kwargs):
     ):
         return function(*args, **kwargs)
     args, kwargs = carrier.map_tensors(
-        lambda x: our_rows(x, rows), (args, kwargs)
+        lambda x: local_rows(x, rows), (args, kwargs)
     )
-    with on_our_rows(), rows_lib.current_rows(rows):
+    with on_local_rows(), rows_lib.current_rows(rows):
         before = {}
         if not rows.local:
             before = {id(v): v.value.clone() for v in metric.variables}
@@ -278,10 +280,10 @@ def on_rows_of(function, *args, tensors=1, **kwargs):
             whole.
     """
     rows = args[0].rows
-    local = [our_rows(x, rows) for x in args[:tensors]]
-    with on_our_rows(), rows_lib.current_rows(rows):
+    local = [local_rows(x, rows) for x in args[:tensors]]
+    with on_local_rows(), rows_lib.current_rows(rows):
         y = function(*local, *args[tensors:], **kwargs)
-    return carrier.map_tensors(lambda y: carrier.of_local(y, rows), y)
+    return carrier.map_tensors(lambda y: carrier.from_local(y, rows), y)
 
 
 def batch_of(data, context):
@@ -293,10 +295,10 @@ def batch_of(data, context):
     ours = rows_of(data)
     if ours is None:
         return rows_lib.cut(data, context)
-    rows = rows_lib.Rows(ours.of(1).counts, ours.index)
-    rows = rows.of(ours.entries)
+    rows = rows_lib.Rows(ours.with_entries(1).counts, ours.index)
+    rows = rows.with_entries(ours.entries)
     data = tree.map_structure(
-        lambda x: None if x is None else our_rows(x, ours), data
+        lambda x: None if x is None else local_rows(x, ours), data
     )
     return rows_lib.Batch(data, rows)
 

@@ -1,10 +1,10 @@
 """A batch that is spread over data shards, and looks whole: `GlobalTensor`.
 
-Its shape is global. It holds our rows in some dim, or our addend of a sum over
-data shards that nobody has needed yet. Each torch function that is handed one
-goes through the table (see `table`): it runs on our rows where that gives our
-rows of what one device computes, and otherwise on all rows, gathered. A plain
-tensor is whole, and equal on all processes.
+Its shape is global. It holds local rows in some dim, or our addend of a sum
+over data shards that nobody has needed yet. Each torch function that is handed
+one goes through the table (see `table`): it runs on local rows where that gives
+our rows of what one device computes, and otherwise on all rows, gathered. A
+plain tensor is whole, and equal on all processes.
 
 Autograd sees plain local tensors, and two functions that communicate, `Sum` and
 `Gather`. The loss of a data shard is its addend, times the number of shards,
@@ -24,7 +24,7 @@ from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.tensors.sharded import REDUCED
 
-# On our rows of a gradient that user code was handed: the gradient of which
+# On local rows of a gradient that user code was handed: the gradient of which
 # they are a part. What is written into them is written into it.
 GRADIENT = "_keras_gradient"
 
@@ -51,7 +51,7 @@ class Sum(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """All rows in a dim, from ours; backward: our rows of the sum.
+    """All rows in a dim, from ours; backward: local rows of the sum.
 
     Collective, forward and backward: every process of `rows.group`.
     """
@@ -85,7 +85,7 @@ class GlobalTensor(torch.Tensor):
     """See above. Autograd's graph is that of `local`, not of this box.
 
     Attributes:
-        local: tensor with our rows, or our addend; plain, or a DTensor of the
+        local: tensor with local rows, or our addend; plain, or a DTensor of the
             model mesh. Without rows of ours it has none.
         at: the dim of the rows, None for an addend.
         rows: `rows.Rows`.
@@ -142,7 +142,7 @@ class GlobalTensor(torch.Tensor):
     @grad.setter
     def grad(self, value):
         if value is not None:
-            value = ours(value, self.at, self.rows) * shards_of(self.rows)
+            value = cut_rows(value, self.at, self.rows) * shards_of(self.rows)
         self.local.grad = value
 
     def like(self, local):
@@ -173,7 +173,7 @@ class GlobalTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents=None):
         # Printing must not communicate: often only one process prints.
-        what = "our addend" if self.at is None else f"our rows, dim {self.at}"
+        what = "our addend" if self.at is None else f"local rows, dim {self.at}"
         return f"GlobalTensor(shape={tuple(self.shape)}, {what}={self.local})"
 
     def requires_grad_(self, requires_grad=True):
@@ -260,7 +260,7 @@ def whole(x):
 
     Collective along the data axis, forward and backward: every process of it
     calls it. What was gathered is kept, and gathered again if the program
-    writes into our rows or, for autograd, if it was gathered without.
+    writes into local rows or, for autograd, if it was gathered without.
     """
     if type(x) is not GlobalTensor:
         return x
@@ -305,8 +305,8 @@ def of_loss(x):
     return x
 
 
-def ours(x, at, rows):
-    """Our rows of something global, in dim `at`.
+def cut_rows(x, at, rows):
+    """Local rows of something global, in dim `at`.
 
     Collective along the data axis if `x` holds others, forward and backward.
     """
@@ -373,8 +373,8 @@ def map_tensors(function, structure):
 
 
 def with_a_row(x, rows):
-    """Our rows, or one that is nobody's where we have none: much code fails on
-    no rows. Autograd sees it as made of ours."""
+    """Local rows, or one that is nobody's where we have none: much code fails
+    on no rows. Autograd sees it as made of ours."""
     if rows.local:
         return x
     row = (1, *x.shape[1:])
@@ -387,7 +387,7 @@ def _is_of_indices(x):
     return not (x.is_floating_point() or x.dtype is torch.bool)
 
 
-def on_our_rows(function, tensors, rows):
+def on_local_rows(function, tensors, rows):
     """What code that knows about rows gives for them: `GlobalTensor`s.
 
     Args:
@@ -397,10 +397,10 @@ def on_our_rows(function, tensors, rows):
     """
     with rows_lib.current_rows(rows):
         outputs = function(*(with_a_row(x.local, rows) for x in tensors))
-    return map_tensors(lambda y: of_local(y, rows), outputs)
+    return map_tensors(lambda y: from_local(y, rows), outputs)
 
 
-def of_local(y, rows):
-    """The `GlobalTensor` of what has an entry in dim 0 for each of our rows."""
+def from_local(y, rows):
+    """The `GlobalTensor` of what has an entry in dim 0 for each local row."""
     x = GlobalTensor(y if rows.local else y[:0], 0, rows)
-    return sharded.keep_mask(x, y, lambda mask: of_local(mask, rows))
+    return sharded.keep_mask(x, y, lambda mask: from_local(mask, rows))

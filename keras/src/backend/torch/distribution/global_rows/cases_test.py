@@ -57,12 +57,12 @@ def cases_of(functions, tensors, world, everywhere=True, addends=True):
     for name, function in functions.items():
         for dim in range(first.ndim if everywhere else 1):
             n = first.shape[dim]
-            shapes = [rows_lib.of_split(n, world, 0).counts]
+            shapes = [rows_lib.split_evenly(n, world, 0).counts]
             shapes.append((0,) * (world - 1) + (n,))
             for counts in shapes:
                 cases.append((name, function, [InRows(dim), *whole], counts))
             if n % 2 == 0:
-                counts = rows_lib.of_split(n // 2, world, 0).counts
+                counts = rows_lib.split_evenly(n // 2, world, 0).counts
                 cases.append((name, function, [InRows(dim, 2), *whole], counts))
             for i, other in enumerate(rest):
                 for at in {dim, dim - first.ndim + other.ndim}:
@@ -841,7 +841,7 @@ def test_draws_are_those_of_one_device(fake_world):
     for rank in range(2):
         fake_world(2, rank)
         for dim in range(2):
-            rows = rows_lib.of_split(x.shape[dim], 2, rank)
+            rows = rows_lib.split_evenly(x.shape[dim], 2, rank)
             for name, draw in draws.items():
                 box = carrier.GlobalTensor(rows.cut(x, dim), dim, rows)
                 seed(3)
@@ -856,7 +856,7 @@ def test_draws_are_those_of_one_device(fake_world):
 
 def test_what_cannot_be_right_raises(on_threads):
     def play(rank):
-        rows = rows_lib.of_split(5, 2, rank)
+        rows = rows_lib.split_evenly(5, 2, rank)
         rows.context = types.SimpleNamespace(
             data_group=torch.distributed.group.WORLD
         )

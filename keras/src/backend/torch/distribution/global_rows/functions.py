@@ -132,7 +132,7 @@ def cross(func, args, kwargs):
     if not any(map(is_rows, operands)) or operands[1].shape != shape:
         return NotImplemented
     if func is not torch.linalg.cross and bound.get("dim") is None:
-        # The first dim of three; our rows may be three by chance.
+        # The first dim of three; local rows may be three by chance.
         dim = next((d for d, size in enumerate(shape) if size == 3), None)
     if type(dim) is not int or not -len(shape) <= dim < len(shape):
         return NotImplemented
@@ -158,12 +158,12 @@ def attention(func, args, kwargs):
     mask = bound.get("attn_mask")
     if mask is not None:
         if mask.ndim == q.ndim and mask.shape[0] == q.rows.total:
-            bound["attn_mask"] = carrier.ours(mask, 0, q.rows)
+            bound["attn_mask"] = carrier.cut_rows(mask, 0, q.rows)
         elif is_rows(mask):
             return NotImplemented
         else:
             bound["attn_mask"] = leaf_of_all(whole(mask), q.rows)
-    three = [carrier.ours(x, 0, q.rows) for x in three]
+    three = [carrier.cut_rows(x, 0, q.rows) for x in three]
     return GlobalTensor(func(*three, **bound), 0, q.rows)
 
 
@@ -200,7 +200,7 @@ def batch_norm(func, args, kwargs):
         torch.batch_norm: batch_norms.native_batch_norm,
     }[func]
     context = x.rows.context
-    return carrier.on_our_rows(
+    return carrier.on_local_rows(
         lambda local: function(context, local, *rest, **kwargs), [x], x.rows
     )
 
@@ -306,7 +306,7 @@ def class_losses(func, args, kwargs):
         return NotImplemented
     if target.shape[0] != x.rows.total or reduction == "none" and x.ndim < 2:
         return NotImplemented
-    target = carrier.ours(target, 0, x.rows)
+    target = carrier.cut_rows(target, 0, x.rows)
     if reduction == "none":
         y = func(x.local, target, reduction="none", **bound)
         return GlobalTensor(y, 0, x.rows)
@@ -331,12 +331,12 @@ def class_losses(func, args, kwargs):
     """
 )
 def question(func, args, kwargs):
-    """What is the same for our rows as for all."""
+    """What is the same for local rows as for all."""
     args, kwargs = map_tensors(local_of, (args, kwargs))
     return func(*args, **kwargs)
 
 
-# What our rows say of all.
+# What local rows say of all.
 OF_ALL = """
     device dtype grad_dtype grad_fn is_cpu is_cuda is_ipu is_leaf is_maia
     is_meta is_mkldnn is_mps is_mtia is_nested is_quantized is_sparse
@@ -363,7 +363,7 @@ def set_attribute(func, args, kwargs):
     x, value = args
     if func.__self__.__name__ == "data" and is_global(x):
         if is_rows(x):
-            x.local.data = carrier.ours(value, x.at, x.rows)
+            x.local.data = carrier.cut_rows(value, x.at, x.rows)
         elif is_addend(value):
             x.local.data = value.local
         else:
@@ -403,7 +403,7 @@ def hooked(func, args, kwargs):
         y = hooks[0](grad if x.at is None else x.like(grad))
         if y is None:
             return None
-        y = whole(y) if x.at is None else carrier.ours(y, x.at, x.rows)
+        y = whole(y) if x.at is None else carrier.cut_rows(y, x.at, x.rows)
         return y * shards
 
     return func(x.local, hook)
@@ -419,7 +419,7 @@ def hooked_after(func, args, kwargs):
 
 @rule("grad")
 def autograd_grad(func, args, kwargs):
-    """What one device gets: of our rows, and of whole tensors.
+    """What one device gets: of local rows, and of whole tensors.
 
     Collective along the data axis for whole tensors.
     """
@@ -470,7 +470,7 @@ def _loss_of(x, grad):
                 f"Received: a tensor of shape {tuple(x.shape)}"
             )
         grad = torch.ones(x.shape, dtype=x.dtype, device=x.device)
-    grad = carrier.ours(grad, x.at, x.rows)
+    grad = carrier.cut_rows(grad, x.at, x.rows)
     return x.local, grad * carrier.shards_of(x.rows)
 
 

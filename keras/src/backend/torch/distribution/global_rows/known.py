@@ -1,10 +1,10 @@
 """Which code is Keras's own and knows about rows: a closed list.
 
-Everything that is not on it is user code, and sees the global batch.
-What is on it is called by exact class, with no function of the user's in it,
-and is handed our rows alone: each row's outputs depend on that row, or it asks
-for what it needs of the others (`statistics`). `catalogue_test` and
-`losses_test` prove it, class by class.
+Everything that is not on it is user code, and sees the global batch. What is on
+it is called by exact class, with no function of the user's in it, and is handed
+local rows alone: each row's outputs depend on that row, or it asks for what it
+needs of the others (`statistics`). `catalogue_test` and `losses_test` prove it,
+class by class.
 """
 
 import functools

@@ -43,7 +43,10 @@ def _contracted(function, a, dim_of_a, b, dim_of_b):
             return NotImplemented  # torch's error.
     if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
         return NotImplemented
-    parts = [carrier.ours(a, dim_of_a, rows), carrier.ours(b, dim_of_b, rows)]
+    parts = [
+        carrier.cut_rows(a, dim_of_a, rows),
+        carrier.cut_rows(b, dim_of_b, rows),
+    ]
     return carrier.addend(function(*parts), rows)
 
 

@@ -123,7 +123,7 @@ def extreme(func, args, kwargs):
 
 
 def whole_local(x):
-    """Our rows, whole on the model axes."""
+    """Local rows, whole on the model axes."""
     return sharded.whole(x.local)
 
 

@@ -107,13 +107,15 @@ class InRows:
         return f"rows in {self.dim} x{self.entries} of {self.batch}"
 
     def enter(self, x, batches, rank):
-        rows = batches[self.batch].of(self.entries)
+        rows = batches[self.batch].with_entries(self.entries)
         local = rows.cut(x, self.dim).detach().clone()
         local.requires_grad_(x.requires_grad)
         return GlobalTensor(local, self.dim, rows)
 
     def share(self, grad, batches, rank):
-        return batches[self.batch].of(self.entries).cut(grad, self.dim)
+        return (
+            batches[self.batch].with_entries(self.entries).cut(grad, self.dim)
+        )
 
 
 class Addend:
@@ -511,7 +513,7 @@ def placements(tensors, draw):
 def spread(total, world, draw):
     """How many rows each data shard has, evenly or not."""
     if draw.random() < 0.75:
-        return rows_lib.of_split(total, world, 0).counts
+        return rows_lib.split_evenly(total, world, 0).counts
     cuts = sorted(draw.randint(0, total) for _ in range(world - 1))
     return tuple(b - a for a, b in zip([0, *cuts], [*cuts, total]))
 

@@ -133,7 +133,7 @@ def squeezed(func, args, kwargs):
     dims = [d for d in dims if x.shape[d] == 1]
     if x.at in dims:
         return NotImplemented
-    # Those that are one on all processes: our rows may be one by chance.
+    # Those that are one on all processes: local rows may be one by chance.
     y = torch.squeeze(x.local, tuple(dims))
     return GlobalTensor(y, x.at - sum(d < x.at for d in dims), x.rows)
 
@@ -208,7 +208,7 @@ def reshaped(func, args, kwargs):
     if not dims:
         return NotImplemented
     dim = dims[0]
-    new = rows.of(shape[dim] // number)
+    new = rows.with_entries(shape[dim] // number)
     local = (*shape[:dim], new.local, *shape[dim + 1 :])
     return GlobalTensor(x.local.reshape(local), dim, new)
 
@@ -257,7 +257,9 @@ def repeated_one_by_one(func, args, kwargs):
     if not is_rows(x) or type(dim) is not int or times < 1:
         return NotImplemented
     dim %= x.ndim
-    rows = x.rows if dim != x.at else x.rows.of(x.rows.entries * times)
+    rows = (
+        x.rows if dim != x.at else x.rows.with_entries(x.rows.entries * times)
+    )
     y = torch.repeat_interleave(x.local, times, dim)
     return GlobalTensor(y, x.at, rows)
 
@@ -468,7 +470,7 @@ def picked(func, args, kwargs):
         return NotImplemented
     if index.shape[x.at] != x.rows.total:
         return NotImplemented
-    index = carrier.ours(index, x.at, x.rows)
+    index = carrier.cut_rows(index, x.at, x.rows)
     rest = (
         {"sparse_grad": bound["sparse_grad"]} if "sparse_grad" in bound else {}
     )

@@ -5,8 +5,8 @@ are right without knowing about it. After `backward()`, `p.grad` is the mean
 over data shards, weighted with their rows (see `rows`), and so is what
 `torch.autograd.grad(loss, [p])` returns. The gradient of anything else, of
 inputs above all, is that of this data shard's own loss. It is local, as the
-loss is: of a sum over rows it is what one device gives for our rows, of a mean
-over rows it is larger by (global rows) / (our rows).
+loss is: of a sum over rows it is what one device gives for local rows, of a
+mean over rows it is larger by (global rows) / (local rows).
 
 Which parameters a backward pass reaches may differ between two passes (two
 models that take turns, a branch that is not taken) and even between two

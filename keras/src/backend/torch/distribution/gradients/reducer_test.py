@@ -561,7 +561,7 @@ def test_gradients_to_be_differentiated_are_not_left_local(on_threads):
 
 
 def mean_over_rows(parameters, rank, total):
-    """A mean over our rows.
+    """A mean over local rows.
 
     Row r has the loss (r + 1) p^2 q + r s.
     """

@@ -32,7 +32,7 @@ def call(layer, context, args, kwargs):
     Runs on DTensors: a layer that owns a sharded variable, and a layer without
     sublayers that is handed a sharded activation. Any other layer runs as
     released Keras has it. In a step in which code sees the global batch, layers
-    of Keras's own run on our rows of it.
+    of Keras's own run on local rows of it.
 
     Collective along the axes that shard the layer's variables and inputs, and
     along the data axis where its code needs all rows.

@@ -182,7 +182,7 @@ class Context:
         own = [placements[i] for i in self.model_axes]
         if not own or not cuts.has_several_on_a_dim(placements):
             return tuple(own)
-        pairs = cuts.of_placements(tuple(placements), tuple(self.mesh.shape))
+        pairs = cuts.from_placements(tuple(placements), tuple(self.mesh.shape))
         return cuts.to_placements(
             [
                 (dim, self.model_axes.index(axis))

@@ -38,7 +38,7 @@ def to_placements(cuts, mesh_shape):
 
 
 @functools.lru_cache(maxsize=1024)
-def of_placements(placements, mesh_shape):
+def from_placements(placements, mesh_shape):
     """Pairs of a dim and the mesh axis that cuts it, in order.
 
     Args:

@@ -23,12 +23,12 @@ def test_cuts_in_another_order_are_strided():
 def test_order_is_found_again(order):
     pairs = tuple((2, axis) for axis in order)
     placements = cuts.to_placements(pairs, (2, 3, 5))
-    assert cuts.of_placements(placements, (2, 3, 5)) == pairs
+    assert cuts.from_placements(placements, (2, 3, 5)) == pairs
 
 
 def test_dims_do_not_disturb_each_other():
     pairs = ((1, 2), (1, 0), (0, 1))
     placements = cuts.to_placements(pairs, (2, 2, 2))
-    assert set(cuts.of_placements(placements, (2, 2, 2))) == set(pairs)
+    assert set(cuts.from_placements(placements, (2, 2, 2))) == set(pairs)
     assert cuts.has_several_on_a_dim(placements)
     assert not cuts.has_several_on_a_dim((Shard(0), Shard(1), Replicate()))

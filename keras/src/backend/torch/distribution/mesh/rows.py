@@ -33,7 +33,7 @@ class Rows:
         total: number of entries on all data shards.
         start: our first entry among all.
         share: our part of them, 0 to 1.
-        weight: what gradients of our rows count with; None for the share.
+        weight: what gradients of local rows count with; None for the share.
         context: the `Context`, where user code computes on all rows.
     """
 
@@ -67,7 +67,7 @@ class Rows:
             return self.share
         return self.weight_of_gradients
 
-    def of(self, entries):
+    def with_entries(self, entries):
         """The same rows in a dim with so many entries for each."""
         known = self._of.get(entries)
         if known is None:
@@ -103,9 +103,9 @@ class Batch(list):
         self.facts = facts or {}
 
 
-def context_of_ours():
-    """The `Context` where our rows of a batch that is spread over several data
-    shards are computed on, else None."""
+def context_of_local_rows():
+    """The `Context` where local rows of a batch that is spread over several
+    data shards are computed on, else None."""
     if _current[0] is None:
         return None
     context = current()
@@ -150,14 +150,14 @@ def has_rows():
     return rows is None or bool(rows.local)
 
 
-def of_split(total, shards, index):
+def split_evenly(total, shards, index):
     """The `Rows` of a batch that is cut by `split`."""
     splits = [split(total, shards, i) for i in range(shards)]
     return Rows([stop - start for start, stop in splits], index)
 
 
 def split(total, shards, index):
-    """Where our rows start and stop; shards differ by one row at most.
+    """Where local rows start and stop; shards differ by one row at most.
 
     >>> [split(7, 3, i) for i in range(3)]
     [(0, 3), (3, 5), (5, 7)]
@@ -176,7 +176,7 @@ def count(data):
 
 
 def cut(data, context):
-    """Our rows of a global batch, as a `Batch`.
+    """Local rows of a global batch, as a `Batch`.
 
     Args:
         data: nested structure of arrays or tensors, all with the global
@@ -187,7 +187,7 @@ def cut(data, context):
     """
     total = count(data)
     if context.data_size == 1:
-        return Batch(data, of_split(total, 1, 0))
+        return Batch(data, split_evenly(total, 1, 0))
     start, stop = split(total, context.data_size, context.data_index)
 
     def ours(x):
@@ -202,7 +202,7 @@ def cut(data, context):
             )
         return x[start:stop]
 
-    rows = of_split(total, context.data_size, context.data_index)
+    rows = split_evenly(total, context.data_size, context.data_index)
     start, stop = with_a_row(start, stop)
     return Batch(tree.map_structure(ours, data), rows)
 

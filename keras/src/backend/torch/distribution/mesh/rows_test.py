@@ -40,7 +40,7 @@ def test_split_of_fewer_rows_than_shards():
 def test_weights_of_all_shards_add_up_to_one(total):
     weights = []
     for index in range(4):
-        weights.append(rows.of_split(total, 4, index).weight)
+        weights.append(rows.split_evenly(total, 4, index).weight)
     assert sum(weights) == pytest.approx(1)
     assert weights[0] == -(-total // 4) / total
 
@@ -129,10 +129,10 @@ def test_counts(on_threads):
 
 def test_entries_of_rows():
     ours = rows.Rows([3, 2], 1)
-    steps = ours.of(4)
+    steps = ours.with_entries(4)
     assert (steps.local, steps.total, steps.start) == (8, 20, 12)
     assert steps.ranges() == [(0, 12), (12, 20)]
-    assert steps.of(1) is ours and ours.of(4) is steps
+    assert steps.with_entries(1) is ours and ours.with_entries(4) is steps
     assert steps.cut(torch.arange(20), 0).tolist() == list(range(12, 20))
 
 
@@ -142,4 +142,4 @@ def test_gradients_may_weigh_alike():
     with rows.current_rows(ours):
         assert rows.weight(make_context(2, 0)) == 0.5
         assert rows.share(make_context(2, 0)) == 0.75
-    assert ours.of(2).weight == 0.5
+    assert ours.with_entries(2).weight == 0.5

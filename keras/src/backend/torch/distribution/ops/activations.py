@@ -16,7 +16,7 @@ from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 
 
-def of_rows(x, function, *args):
+def map_rows(x, function, *args):
     """`function` of the rows that a `GlobalTensor` holds; they stay rows."""
     if x.pending is not None:
         return x
@@ -27,7 +27,7 @@ def of_rows(x, function, *args):
 def enter(x, mesh):
     """A tensor as a DTensor of the model mesh, not partial."""
     if type(x) is GlobalTensor:
-        return of_rows(x, enter, mesh)
+        return map_rows(x, enter, mesh)
     if isinstance(x, DTensor):
         y = sharded.reduced(x)
     elif isinstance(x, torch.Tensor) and x.is_floating_point():
@@ -45,7 +45,7 @@ def enter(x, mesh):
 def leave(x):
     """What a layer hands on: never partial, plain if whole."""
     if type(x) is GlobalTensor:
-        return of_rows(x, leave)
+        return map_rows(x, leave)
     if not isinstance(x, DTensor):
         return x
     y = sharded.reduced(x)
@@ -60,7 +60,7 @@ def whole(x):
     But for outputs whose layout the user's layout map asks for.
     """
     if type(x) is GlobalTensor:
-        return of_rows(x, whole) if isinstance(x.local, DTensor) else x
+        return map_rows(x, whole) if isinstance(x.local, DTensor) else x
     if not isinstance(x, DTensor) or getattr(x, sharded.REQUESTED, False):
         return x
     return sharded.keep_mask(sharded.whole(x), x, sharded.whole)

@@ -60,7 +60,7 @@ def shard_of(x, dim, group):
     return x.narrow(dim, start, stop - start)
 
 
-def of_each_process(x, group):
+def gather_each(x, group):
     """The tensors of all processes of a group, in a new first dim.
 
     Args:
@@ -94,7 +94,7 @@ def all_gather(x, dim, size, group):
         padding = list(x.shape)
         padding[dim] = width - x.shape[dim]
         x = torch.cat([x, x.new_zeros(padding)], dim)
-    result = of_each_process(x, group)
+    result = gather_each(x, group)
     if dim == 0:
         # Not by `view`: a dim that another axis has cut may be empty.
         result = result.flatten(0, 1)

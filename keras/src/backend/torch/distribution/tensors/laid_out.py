@@ -96,7 +96,7 @@ def levels(layout):
     if isinstance(layout, DTensor):
         layout = layout_of(layout)
     mesh, sizes, result = layout.mesh, list(layout.shape), []
-    for dim, axis in cuts.of_placements(layout.placements, tuple(mesh.shape)):
+    for dim, axis in cuts.from_placements(layout.placements, tuple(mesh.shape)):
         result.append((dim, axis, sizes[dim]))
         start, stop = collectives.shard_range(
             sizes[dim], mesh.size(axis), mesh.get_local_rank(axis)

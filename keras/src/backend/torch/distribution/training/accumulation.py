@@ -27,7 +27,7 @@ from keras.src.backend.torch.distribution.variables import weights
 
 
 @contextlib.contextmanager
-def of_step(optimizer, context):
+def accumulating(optimizer, context):
     """Within it, gradients that the optimizer only adds up stay local.
 
     Args:

@@ -54,7 +54,7 @@ class ShardedDataAdapter(DataAdapter):
         return self._together(iter(self._reading_less(loader)))
 
     def _reading_less(self, loader):
-        """A loader that reads our rows only, if that is possible."""
+        """A loader that reads local rows only, if that is possible."""
         # A subclass, or a collate function of the user's, may look at all rows
         # of a batch: to pad them to the longest, say.
         if (
@@ -141,7 +141,7 @@ class ShardedDataAdapter(DataAdapter):
 
 
 class GlobalShapes:
-    """Batches of our rows, as batches of the shapes of the global ones, for
+    """Batches of local rows, as batches of the shapes of the global ones, for
     layers to be built for.
 
     Args:
@@ -189,8 +189,8 @@ class LocalDataAdapter(ShardedDataAdapter):
 
     def _batch_of(self, data):
         # Of the other data shards, `_agreed` tells.
-        our_rows = rows.Rows([rows.count(data)], 0)
-        return rows.Batch(data, our_rows, agreement.facts_of_batch(data))
+        local_rows = rows.Rows([rows.count(data)], 0)
+        return rows.Batch(data, local_rows, agreement.facts_of_batch(data))
 
     def _agreed(self, batch, sizes):
         # The processes of a data shard have the same rows.
@@ -250,7 +250,7 @@ def _gpu():
 
 
 class _OurRows(torch.utils.data.Dataset):
-    """Reads our rows of the global batches of a dataset.
+    """Reads local rows of the global batches of a dataset.
 
     A dataset that draws random numbers must draw those of all rows, as on one
     device: or the processes' random states would part. Whether it does, the
@@ -275,7 +275,7 @@ class _OurRows(torch.utils.data.Dataset):
     def __getitems__(self, indices):
         indices = list(indices)
         start, stop = rows.split(len(indices), *self._shard)
-        ours = rows.of_split(len(indices), *self._shard)
+        ours = rows.split_evenly(len(indices), *self._shard)
         part = slice(*rows.with_a_row(start, stop))
         if self._draws is False:
             read = self._read_quietly if self._is_watched else self._read
@@ -344,7 +344,7 @@ def _cut(data, context):
 
 
 def _loader_of_our_rows(loader, context):
-    """A user's `DataLoader` that reads our rows of the same batches."""
+    """A user's `DataLoader` that reads local rows of the same batches."""
     # Workers in order: all processes see the same batches.
     return torch.utils.data.DataLoader(
         _OurRows(loader.dataset, context),

@@ -23,7 +23,9 @@ def make_context(rank, size=WORLD):
 
 
 def reduce_logs(metrics, *args):
-    return logs.reduce_logs(metrics, metric_states.of(metrics, list), *args)
+    return logs.reduce_logs(
+        metrics, metric_states.states_of(metrics, list), *args
+    )
 
 
 def batch(total):
@@ -61,7 +63,7 @@ def test_metrics_are_those_of_all_rows(on_threads, make_metric, total):
             sample_weight=weights[start:stop],
         )
         local = [backend.convert_to_numpy(v) for v in metric.variables]
-        with rows.current_rows(rows.of_split(total, WORLD, rank)):
+        with rows.current_rows(rows.split_evenly(total, WORLD, rank)):
             reduced, stopped = reduce_logs(
                 [metric], {"metric": None}, [0.0], make_context(rank)
             )

@@ -1,4 +1,4 @@
-"""The state of metrics: whole between steps, of our rows within one.
+"""The state of metrics: whole between steps, of local rows within one.
 
 Between two steps a metric's variable holds the whole state, equal on all
 processes. Within a step it holds the local state: what this data shard has
@@ -65,7 +65,7 @@ class _State:
         self.base = base if self.context.data_index else None
 
 
-def of(metrics, model_variables):
+def states_of(metrics, model_variables):
     """The variables that are states of metrics.
 
     A metric may refer to a variable of the model, too, which is none.
@@ -142,7 +142,7 @@ def _show_local(variable, context):
     return True
 
 
-def of_step(variable):
+def state_in_step(variable):
     """The state of a variable that holds the local one now, else None."""
     state = vars(variable).get(STATE)
     if state is None or variable._value is not state.local:
@@ -155,7 +155,7 @@ def as_addend(value, state, rows):
 
     Args:
         value: of the variable, perhaps cast.
-        state: of `of_step`.
+        state: of `state_in_step`.
         rows: the `Rows` of addends.
     """
     local = sharded.whole(value.detach())
@@ -224,7 +224,7 @@ def fulfil(variables):
         for reference in results:
             result = reference()
             if result is not None and result._whole is None:
-                carrier.keep(result, result.pending.of_whole_states())
+                carrier.keep(result, result.pending.from_whole_states())
 
 
 def portion(variable, weight, context):

@@ -14,7 +14,7 @@ from keras.src import tree
 from keras.src.backend.torch.core import convert_to_tensor
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.modes import modes
-from keras.src.backend.torch.distribution.modes import on_our_rows
+from keras.src.backend.torch.distribution.modes import on_local_rows
 from keras.src.backend.torch.distribution.training import metric_states
 
 
@@ -25,11 +25,11 @@ def result(metric, compute):
         metric: the metric.
         compute: function without arguments, its `result`.
     """
-    states = [metric_states.of_step(v) for v in metric.variables]
+    states = [metric_states.state_in_step(v) for v in metric.variables]
     if not states or None in states:
         return compute()
     context = modes.step.context
-    with on_our_rows(), torch.no_grad():
+    with on_local_rows(), torch.no_grad():
         local = tree.map_structure(convert_to_tensor, compute())
 
     def put_off(path, x):
@@ -69,9 +69,9 @@ class Result:
         for v, part in zip(variables, state.split([p.numel() for p in parts])):
             metric_states.write_whole(v, part, self.context)
         with metric_states.whole(variables):
-            return self.of_whole_states()
+            return self.from_whole_states()
 
-    def of_whole_states(self):
+    def from_whole_states(self):
         """The number, where the metric's variables hold the whole states."""
-        with on_our_rows(), torch.no_grad():
+        with on_local_rows(), torch.no_grad():
             return convert_to_tensor(tree.flatten(self.compute())[self.leaf])

@@ -103,7 +103,7 @@ def shard(value, mesh, placements):
             first process of the axis has the value, the others zero.
     """
     local = value
-    for dim, axis in cuts.of_placements(tuple(placements), tuple(mesh.shape)):
+    for dim, axis in cuts.from_placements(tuple(placements), tuple(mesh.shape)):
         local = collectives.shard_of(local, dim, mesh.get_group(axis))
     # A copy: a view would keep the whole alive, or share its memory.
     local = local.detach().clone(memory_format=torch.contiguous_format)
