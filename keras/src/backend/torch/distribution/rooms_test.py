@@ -22,9 +22,10 @@ FLOORS = [
 ROOMS_OF_ONE_FILE = ("modes", "private", "seam")
 
 
-def imports_of(path):
-    """The modules of Keras that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path, anywhere=True):
+    """The modules that a file imports, anywhere in it or as it is imported."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.ImportFrom):
             for name in node.names:
                 yield f"{node.module}.{name.name}"
@@ -78,3 +79,26 @@ def test_nothing_imports_the_overlays_above():
         if name.startswith(tuple(above))
     ]
     assert not wrong
+
+
+def test_what_core_stands_on_does_not_import_it():
+    todo, seen = [HERE.parent / "core.py"], set()
+    while todo:
+        path = todo.pop()
+        for name in imports_of(path, anywhere=False):
+            module = name.removeprefix(f"{NAME}.").replace(".", "/")
+            for part in (module, module.rpartition("/")[0]):
+                file = HERE / f"{part}.py"
+                if name.startswith(f"{NAME}.") and file.exists():
+                    if file not in seen:
+                        seen.add(file)
+                        todo.append(file)
+    wrong = [
+        str(path.relative_to(HERE))
+        for path in seen
+        if any(
+            name.startswith("keras.src.backend.torch.core")
+            for name in imports_of(path, anywhere=False)
+        )
+    ]
+    assert len(seen) > 20 and not wrong

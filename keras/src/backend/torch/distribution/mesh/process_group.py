@@ -12,7 +12,6 @@ import weakref
 import torch
 import torch.distributed as dist
 
-from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import gloo_on_gpus
 
@@ -172,6 +171,9 @@ def agree_on_seed():
 
 def device_type():
     """Torch's device type of this job: `"cuda"` or `"cpu"`."""
+    # Here, since it stands on this module.
+    from keras.src.backend.torch import core
+
     return "cuda" if core.DEFAULT_DEVICE.startswith("cuda") else "cpu"
 
 
