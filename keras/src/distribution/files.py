@@ -58,18 +58,34 @@ def exists(path):
 
 
 def makedirs(path):
+    """As Keras's, by process 0.
+
+    Collective under a distribution: every process calls it.
+    """
     _on_first(file_utils.makedirs, path)
 
 
 def copy(src, dst):
+    """As Keras's, by process 0.
+
+    Collective under a distribution: every process calls it.
+    """
     _on_first(file_utils.copy, src, dst)
 
 
 def remove(path):
+    """As Keras's, by process 0.
+
+    Collective under a distribution: every process calls it.
+    """
     _on_first(file_utils.remove, path)
 
 
 def rmtree(path):
+    """As Keras's, by process 0.
+
+    Collective under a distribution: every process calls it.
+    """
     _on_first(file_utils.rmtree, path)
 
 

@@ -13,6 +13,7 @@ released_reduce_to_samplewise_values = upstream.reduce_to_samplewise_values
 
 
 def reduce_to_samplewise_values(values, sample_weight, reduce_fn, dtype):
+    """As Keras's; a number of a data shard weighs its share of the rows."""
     share = processes.share_of_rows()
     is_number = not len(getattr(values, "shape", ()))
     if share is not None and is_number and sample_weight is None:

@@ -9,11 +9,13 @@ released_print_msg = upstream.print_msg
 
 
 def is_interactive_logging_enabled():
+    """As Keras's; only where messages are printed."""
     # A summary goes straight to the screen where it is, else to `print_msg`.
     return released_is_interactive() and _is_first()
 
 
 def print_msg(message, line_break=True):
+    """As Keras's, once for all processes."""
     if _is_first():
         released_print_msg(message, line_break)
 

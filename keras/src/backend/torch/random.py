@@ -58,6 +58,7 @@ def _draws_for_rows(context):
 
 
 def draw_seed(seed):
+    """As Keras's; draws for rows differ between data shards."""
     context = current()
     first, second = released_draw_seed(seed)
     if not _draws_for_rows(context) or _batch(context) is not None:
@@ -118,6 +119,7 @@ uniform = _for_all_rows(upstream.uniform)
 
 
 def dropout(inputs, rate, noise_shape=None, seed=None):
+    """As Keras's; on shards, what one device drops."""
     context = current()
     if (
         context is None

@@ -13,6 +13,10 @@ released_save = upstream.save_model_to_hdf5
 
 
 def save_model_to_hdf5(model, filepath, overwrite=True, include_optimizer=True):
+    """As Keras's.
+
+    Collective under a distribution: every process calls it.
+    """
     _save_once(model, filepath, overwrite, include_optimizer)
 
 

@@ -115,6 +115,7 @@ def native_batch_norm(
     eps,
     cudnn_enabled,
 ):
+    """`torch.batch_norm`, of all rows: see `batch_norm`."""
     return batch_norm(
         context,
         input,

@@ -110,4 +110,5 @@ def written_into(x):
 
 
 def is_followed(x):
+    """Whether others share the memory that a `GlobalTensor` is in."""
     return getattr(_memory(x), FOLLOWED, None) is not None

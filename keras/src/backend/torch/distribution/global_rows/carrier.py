@@ -212,18 +212,22 @@ dispatch = [None]
 
 
 def local_of(x):
+    """What a `GlobalTensor` holds; anything else as it is."""
     return x.local if type(x) is GlobalTensor else x
 
 
 def shards_of(rows):
+    """The number of data shards that have rows of a batch."""
     return len(rows.counts)
 
 
 def is_rows(x):
+    """Whether a tensor holds the local rows of a global one."""
     return type(x) is GlobalTensor and x.at is not None
 
 
 def is_addend(x):
+    """Whether a tensor holds our addend of a sum over data shards."""
     return type(x) is GlobalTensor and x.at is None and x.pending is None
 
 
@@ -288,6 +292,7 @@ def whole(x):
 
 
 def keep(x, kept):
+    """Keeps what a `GlobalTensor` was gathered to, and when."""
     x._whole = kept
     x._version_of_local, x._version_of_whole = x.local._version, kept._version
     x._graph_of_whole = kept.grad_fn

@@ -452,6 +452,7 @@ def autograd_grad(func, args, kwargs):
 
 
 def is_global(x):
+    """Whether a tensor stands for one of all rows."""
     return is_rows(x) or is_addend(x)
 
 

@@ -141,6 +141,7 @@ def _models():
 
 @functools.cache
 def lists():
+    """The lists of Keras's own classes; made once, when they are asked for."""
     return _Lists()
 
 

@@ -396,6 +396,8 @@ def place_of_rows(x, index):
 
 
 def as_basic(index):
+    """An index as a tuple, None where it copies or is no index of numpy's basic
+    kind."""
     index = index if isinstance(index, tuple) else (index,)
     if all(map(_is_basic, index)) and index.count(Ellipsis) < 2:
         return index

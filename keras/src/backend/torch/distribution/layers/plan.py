@@ -131,6 +131,7 @@ def style_of(layer, context):
 
 
 def is_recurrent(layer):
+    """Whether a layer repeats a cell."""
     from keras.src.layers import RNN
 
     return isinstance(layer, RNN)
@@ -162,6 +163,7 @@ def named_torch_modules(module):
 
 
 def own_variables(layer):
+    """The variables of a layer without those of the layers in it."""
     return layer._trainable_variables + layer._non_trainable_variables
 
 

@@ -148,6 +148,7 @@ def _bias(layer, context, placements, letters):
 
 
 def layer_equation(layer):
+    """The equation of an `EinsumDense`, None for a `Dense`."""
     return getattr(layer, "equation", None)
 
 

@@ -92,6 +92,7 @@ RECURRENT = RecurrentStyle()
 
 
 def log_call(layer, style, args, outputs):
+    """Tells the debug log what a layer is handed and hands on."""
     if logger.isEnabledFor(logging.DEBUG):
 
         def describe(x):

@@ -66,5 +66,6 @@ def from_placements(placements, mesh_shape):
 
 
 def has_several_on_a_dim(placements):
+    """Whether several axes cut one dim."""
     dims = [p.dim for p in placements if is_cut(p)]
     return len(set(dims)) < len(dims)

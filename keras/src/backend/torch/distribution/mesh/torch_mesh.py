@@ -150,6 +150,7 @@ def device_index(device):
 
 
 def available_types():
+    """The types of devices here, as torch names them."""
     types = ["cpu"]
     if torch.cuda.is_available():
         types.append("cuda")

@@ -300,4 +300,5 @@ def _column_input(x, x_dim, inputs, steps, group):
 
 
 def dim_of(placement):
+    """The dim that a placement shards, or None."""
     return placement.dim if placement.is_shard() else None

@@ -84,6 +84,7 @@ def on_channels(function, inputs, data_format):
 
 
 def channel_dim(ndim, data_format):
+    """The dim of the channels."""
     return ndim - 1 if data_format == "channels_last" else 1
 
 

@@ -83,6 +83,7 @@ def is_weight(x):
 
 
 def is_whole(x):
+    """Whether every process holds all of a DTensor."""
     # Not `is_shard`: a strided shard says False to it, and is not whole.
     return all(p.is_replicate() for p in x.placements)
 

@@ -74,6 +74,7 @@ def facts_of_training(model, all_of_them):
 
 
 def check_made_under(variables, context):
+    """Raises if variables were made before the distribution was set."""
     strangers = [
         v.path
         for v in variables

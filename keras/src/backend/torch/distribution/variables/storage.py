@@ -356,6 +356,7 @@ class Unshard(torch.autograd.Function):
 
 
 def log(path, value):
+    """Tells the debug log how a variable is stored."""
     if logger.isEnabledFor(logging.DEBUG):
         placements, local = "whole", tuple(value.shape)
         if isinstance(value, DTensor):

@@ -50,6 +50,8 @@ def ask(func, args, kwargs):
 
 
 def is_entrywise(name):
+    """Whether each entry of what a function returns depends on that entry
+    alone."""
     return name in ENTRYWISE or (
         name.endswith("_")
         and not name.endswith("__")
@@ -159,6 +161,8 @@ def _write_with_autograd(func, args, kwargs, layout):
 
 
 def check_no_leaf(target):
+    """Raises as torch does where a program writes into what asks for a
+    gradient."""
     if target.requires_grad and target.is_leaf:
         raise RuntimeError(
             "a leaf Variable that requires grad is being used in an in-place "
@@ -247,6 +251,7 @@ def write(weight, value):
 
 
 def tensors_of(values):
+    """The tensors in nested arguments, one after the other."""
     for x in values:
         if isinstance(x, torch.Tensor):
             yield x
@@ -257,6 +262,7 @@ def tensors_of(values):
 
 
 def map_tensors(function, structure):
+    """Nested arguments with `function` of each tensor and variable."""
     if isinstance(structure, (torch.Tensor, KerasVariable)):
         return function(structure)
     if type(structure) in (list, tuple):
