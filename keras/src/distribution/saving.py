@@ -40,10 +40,11 @@ def written_once(save, makes_folders=False):
             return save_together(model, filepath, *args, **kwargs)
 
     def save_together(model, filepath, *args, **kwargs):
-        with files.save(filepath):
-            if not isinstance(filepath, (str, os.PathLike)):
-                # A file that the caller has opened.
+        if not isinstance(filepath, (str, os.PathLike)):
+            # A file that the caller has opened: each process has its own.
+            with processes.work("saving to an open file"):
                 return save(model, filepath, *args, **kwargs)
+        with files.save(filepath):
             name = os.fspath(filepath)
             is_remote = file_utils.is_remote_path(name) or "://" in name
             if is_remote and not files.is_other():
