@@ -21,7 +21,9 @@ from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.training import checks
 from keras.src.backend.torch.distribution.training import metric_states
+from keras.src.backend.torch.distribution.variables import reading
 from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import unshard
 
 __all__ = ["Variable", "convert_to_numpy", "remat", "vectorized_map"]
 
@@ -87,7 +89,7 @@ class Variable(upstream.Variable):
         if not isinstance(value, DTensor) and context.model_mesh is not None:
             keep_plain(value)
         if context.reducer is not None and not (
-            storage.is_laid_out_by(value, context)
+            unshard.is_laid_out_by(value, context)
             and cuts.is_cut(value.placements[context.data_axis])
         ):
             self._gradient_number = context.reducer.register(value, self.path)
@@ -133,7 +135,7 @@ class Variable(upstream.Variable):
                 return metric_states.as_addend(
                     value, state, modes.modes.step.shards
                 )
-        return storage.present(value, self)
+        return reading.present(value, self)
 
     @property
     def trainable(self):

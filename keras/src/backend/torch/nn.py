@@ -6,7 +6,6 @@ import inspect
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Replicate
 
 from keras.src.backend.config import standardize_data_format
 from keras.src.backend.torch import nn as upstream
@@ -16,14 +15,11 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
 from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
-from keras.src.backend.torch.distribution.global_rows.carrier import (
-    whole as whole_rows,
-)
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.ops import activations
+from keras.src.backend.torch.distribution.ops import attention
 from keras.src.backend.torch.distribution.ops import convolution
 from keras.src.backend.torch.distribution.ops import cross_entropy
-from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 
 __all__ = [
@@ -183,104 +179,14 @@ def dot_product_attention(
         bias, mask: optional tensors that broadcast to
             `(batch, heads, query length, key length)`.
     """
-    tensors = (query, key, value)
-    if all(is_rows(x) and x.at == 0 for x in tensors):
-        return _attention_of_rows(tensors, bias, mask, args, kwargs)
-    if not any(isinstance(x, DTensor) for x in tensors):
-        return released_dot_product_attention(
-            query,
-            key,
-            value,
-            sharded.whole(bias),
-            sharded.whole(mask),
-            *args,
-            **kwargs,
-        )
-    mesh = next(x.device_mesh for x in tensors if isinstance(x, DTensor))
-    tensors = [_enter(x, mesh) for x in tensors]
-    placements = [
-        _common_placement(axis, mesh, *tensors) for axis in range(mesh.ndim)
-    ]
-    if len({p.dim for p in placements if p.is_shard()}) < sum(
-        p.is_shard() for p in placements
-    ):
-        placements = list(sharded.replicate(mesh))
-    local = [
-        sharded.Leave.apply(
-            x
-            if list(x.placements) == placements
-            else x.redistribute(placements=placements)
-        )
-        for x in tensors
-    ]
-    output = released_dot_product_attention(
-        *local,
-        _cut(bias, mesh, placements, query.shape),
-        _cut(mask, mesh, placements, query.shape),
-        *args,
-        **kwargs,
+    return attention.attend(
+        released_dot_product_attention,
+        (query, key, value),
+        bias,
+        mask,
+        args,
+        kwargs,
     )
-    shape = (*query.shape[:3], value.shape[3])
-    return sharded.Enter.apply(output, mesh, tuple(placements), shape)
-
-
-def _attention_of_rows(tensors, bias, mask, args, kwargs):
-    rows = tensors[0].rows
-
-    def ours(x):
-        if x is not None and x.ndim == 4 and x.shape[0] > 1:
-            return borders.local_rows(x, rows)
-        return whole_rows(x)
-
-    return borders.on_rows_of(
-        dot_product_attention,
-        *tensors,
-        ours(bias),
-        ours(mask),
-        *args,
-        tensors=3,
-        **kwargs,
-    )
-
-
-def _enter(x, mesh):
-    if isinstance(x, DTensor):
-        return sharded.reduced(x)
-    return sharded.Enter.apply(x, mesh, sharded.replicate(mesh), tuple(x.shape))
-
-
-def _common_placement(axis, mesh, query, key, value):
-    """How query, key and value can all be cut along a mesh axis."""
-    placement = query.placements[axis]
-    size = mesh.size(axis)
-    if placement.is_shard() and placement.dim == 0:
-        return placement
-    if placement.is_shard() and placement.dim == 2:
-        heads, shared = query.shape[2], key.shape[2]
-        # Each group of query heads must lie with its key and value head.
-        if heads == shared or (shared % size == 0 and heads % size == 0):
-            return placement
-    return Replicate()
-
-
-def _cut(x, mesh, placements, query_shape):
-    """Our part of a bias or mask that broadcasts over batch and heads."""
-    if x is None:
-        return None
-    x = sharded.whole(x)
-    for axis, placement in enumerate(placements):
-        if not placement.is_shard():
-            continue
-        # (batch, length, heads, dim) -> (batch, heads, query, key)
-        dim = {0: 0, 2: 1}[placement.dim] - 4 + x.ndim
-        group = mesh.get_group(axis)
-        if dim >= 0 and x.shape[dim] > 1:
-            x = collectives.Slice.apply(x, dim, group)
-        elif x.requires_grad:
-            # Times one: the gradient of a product is a tensor of its own,
-            # that may be summed in place.
-            x = collectives.AllReduceGradient.apply(x, group) * 1
-    return x
 
 
 def moments(x, axes, keepdims=False, synchronized=False):

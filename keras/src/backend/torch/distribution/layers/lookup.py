@@ -14,7 +14,8 @@ from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import contraction
 from keras.src.backend.torch.distribution.tensors import collectives
-from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import reading
+from keras.src.backend.torch.distribution.variables import unshard
 
 
 class LookupStyle(styles.ShardedStyle):
@@ -54,8 +55,8 @@ def look_up(layer, indices, context):
             own embedding).
     """
     vocabulary, width = layer._embeddings.shape
-    table, table_placements = storage.operand(
-        storage.read_stored(layer._embeddings), context
+    table, table_placements = unshard.operand(
+        reading.read_stored(layer._embeddings), context
     )
     indices = indices.to(table.device, torch.long)
     # Keras counts negative indices from the end.

@@ -11,6 +11,7 @@ from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import unshard
 
 _DECISION = "_keras_style_decision"
 
@@ -122,9 +123,9 @@ def style_of(layer, context):
     if known is None or known[0] is not context or known[1] != len(own):
         style = None
         if repeats:
-            if any(storage.is_laid_out_by(v._value, context) for v in own):
+            if any(unshard.is_laid_out_by(v._value, context) for v in own):
                 style = styles.RECURRENT
-        elif any(storage.is_model_sharded(v._value, context) for v in own):
+        elif any(unshard.is_model_sharded(v._value, context) for v in own):
             style = layer.__dict__.get(styles.STYLE) or style_class(layer)()
         known = layer.__dict__[_DECISION] = (context, len(own), style)
     return known[2]

@@ -10,7 +10,8 @@ from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import contraction
 from keras.src.backend.torch.distribution.tensors import collectives
-from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import reading
+from keras.src.backend.torch.distribution.variables import unshard
 
 # Activations of single numbers: they may be computed on any shard.
 ELEMENTWISE = {
@@ -71,8 +72,8 @@ def project(layer, inputs, context):
     Returns:
         The layer's output, as `activations.carry` gives it.
     """
-    kernel, kernel_placements = storage.operand(
-        storage.read_stored(layer._kernel), context
+    kernel, kernel_placements = unshard.operand(
+        reading.read_stored(layer._kernel), context
     )
     letters = letters_of(layer, inputs.ndim)
     cut = contraction.operands(
@@ -118,8 +119,8 @@ def _bias(layer, context, placements, letters):
     """The bias, cut as the output is."""
     if layer.bias is None:
         return None
-    bias, bias_placements = storage.operand(
-        storage.read_stored(layer.bias), context
+    bias, bias_placements = unshard.operand(
+        reading.read_stored(layer.bias), context
     )
     offset = len(letters.output) - len(layer.bias.shape)
     wanted = []

@@ -14,6 +14,7 @@ from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import unshard
 from keras.src.distribution.distribution_lib import DeviceMesh
 from keras.src.distribution.distribution_lib import LayoutMap
 from keras.src.distribution.distribution_lib import ModelParallel
@@ -184,7 +185,7 @@ def test_gradient_has_the_variables_placements(fake_world):
     with model_parallel({"kernel": (None, "model")}).scope():
         v = variable(np.ones((2, 4)))
         context = context_lib.current()
-        local, placements = storage.operand(v._value, context)
+        local, placements = unshard.operand(v._value, context)
         (local * torch.tensor([[1.0, 2.0]])).sum().backward()
     assert placements == (Shard(1),)
     grad = v._value.grad
@@ -225,7 +226,7 @@ def test_half_precision_is_not_added_up_in_half_precision(on_threads):
             (Shard(0), Replicate()),
             True,
         )
-        local, _ = storage.operand(stored, context)
+        local, _ = unshard.operand(stored, context)
         # 256 + 1 is 256 in bfloat16, and so is the sum of all four.
         local.backward(torch.full_like(local, 1.0 if rank else 256.0))
         return stored.grad.to_local().tolist()

@@ -1,0 +1,71 @@
+"""What a reader of a variable sees of it: see `modes`."""
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from keras.src.backend.torch.distribution import private
+from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.modes import Shows
+from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.modes import stored_values
+from keras.src.backend.torch.distribution.tensors import laid_out
+from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.variables import unshard
+
+
+def read_stored(variable):
+    """The stored value of a variable, cast if its layer is of mixed dtype."""
+    with stored_values():
+        return variable.value
+
+
+def present(value, variable):
+    """What a reader sees of the value of a variable; see `modes`.
+
+    Collective inside a layer's call if the data axis shards the variable.
+
+    Args:
+        value: the stored value, perhaps cast to another dtype.
+        variable: whose value it is.
+    """
+    if not isinstance(value, DTensor):
+        return _enter(value) if modes.shows is Shows.DTENSORS else value
+    if modes.shows is Shows.LOCAL:
+        return sharded.local_of(value)
+    if not modes.calls or modes.shows is Shows.STORED:
+        return value
+    context = current()
+    if context is None or value.device_mesh != context.mesh:
+        return value
+    if modes.gathered is None:
+        return _operand_of_a_layer(value, context)
+    key = (id(variable), value.dtype, torch.is_grad_enabled())
+    if key not in modes.gathered:
+        modes.gathered[key] = _operand_of_a_layer(value, context)
+    return modes.gathered[key]
+
+
+def _operand_of_a_layer(value, context):
+    if private.is_in_transform():
+        return laid_out.whole(value)
+    local, placements = unshard.operand(value, context)
+    if not any(p.is_shard() for p in placements):
+        return _enter(local) if modes.shows is Shows.DTENSORS else local
+    if modes.shows is Shows.WHOLE:
+        return unshard.gather_model_axes(
+            local, placements, value.shape, context
+        )
+    shape = tuple(value.shape)
+    return sharded.Enter.apply(local, context.model_mesh, placements, shape)
+
+
+def _enter(value):
+    context = current()
+    if not value.is_floating_point():
+        return value
+    return sharded.Enter.apply(
+        value,
+        context.model_mesh,
+        context.model_placements_whole,
+        tuple(value.shape),
+    )
