@@ -179,7 +179,8 @@ def plan_axis(letters, kernel_dim, input_dim, shards, cut_dims):
     letter = letters.kernel[kernel_dim]
     if letter not in letters.inputs:
         return AxisPlan(
-            cuts_kernel=cuts_kernel,
+            gathers_kernel,
+            cuts_kernel,
             is_column=True,
             column_dim=input_dim,
             placement=Shard(letters.output.index(letter)),
@@ -189,7 +190,8 @@ def plan_axis(letters, kernel_dim, input_dim, shards, cut_dims):
         gathers_input, cuts_input = input_dim, wanted
     stays = letter in letters.output  # Else it is a row: what it sums over.
     return AxisPlan(
-        cuts_kernel=cuts_kernel,
+        gathers_kernel,
+        cuts_kernel,
         gathers_input=gathers_input,
         cuts_input=cuts_input,
         sums=not stays,
