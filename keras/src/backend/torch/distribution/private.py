@@ -48,6 +48,9 @@ as_torch_has_it = _named("torch._C", "DisableTorchFunctionSubclass")
 _resolve_process_group = _named(
     "torch.distributed.distributed_c10d", "_resolve_process_group"
 )
+_get_default_store = _named(
+    "torch.distributed.distributed_c10d", "_get_default_store"
+)
 _abort_process_group = _named(
     "torch.distributed.distributed_c10d", "_abort_process_group"
 )
@@ -73,6 +76,11 @@ def at_end_of_backward(function):
     """Calls a function when the backward pass under way is over, as DDP and
     FSDP2 do. torch 2.15 has `torch.autograd.graph.queue_callback`."""
     _engine.queue_callback(function)
+
+
+def store_of_all():
+    """The store in which the processes of a job have found each other."""
+    return _get_default_store()
 
 
 def group_of(name):

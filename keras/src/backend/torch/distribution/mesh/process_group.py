@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import gloo_on_gpus
+from keras.src.backend.torch.distribution.mesh import watch
 
 logger = logging.getLogger("keras.distribution")
 
@@ -270,6 +271,7 @@ def _join(world, rank, **rendezvous):
         store.underlying_store.set(USED, "yes")
     if world > 1:
         os.environ[JOINED] = _name_in_job()
+        before_leaving(watch.begin(private.store_of_all(), rank, world))
     atexit.register(_leave, weakref.ref(dist.group.WORLD))
 
 
@@ -337,7 +339,7 @@ def _leave(group):
     for release in _before_leaving:
         release()
     failed = getattr(sys, "last_value", None) is not None
-    if failed and "nccl" in dist.get_backend_config(group):
+    if failed and "nccl" in dist.get_backend_config():
         private.abort_groups()
     else:
         dist.destroy_process_group()

@@ -206,6 +206,8 @@ def test_backend_on_gpus(no_world, monkeypatch, caplog, has_nccl, gpus, lacks):
         lambda backend, **kwargs: joined.update(backend=backend, **kwargs),
     )
     monkeypatch.setattr(process_group.atexit, "register", lambda *args: None)
+    monkeypatch.setattr(process_group.private, "store_of_all", lambda: None)
+    monkeypatch.setattr(process_group.watch, "begin", lambda *args: None)
     weakrefs = types.SimpleNamespace(ref=lambda group: None)
     monkeypatch.setattr(process_group, "weakref", weakrefs)
     monkeypatch.setattr(process_group, "_before_leaving", [])
@@ -306,7 +308,7 @@ def test_leaving(fake_world, monkeypatch, failed, backend):
         "abort_groups",
         lambda: calls.append("aborted"),
     )
-    monkeypatch.setattr(dist, "get_backend_config", lambda group: backend)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backend)
     monkeypatch.setattr(
         sys, "last_value", ValueError() if failed else None, raising=False
     )

@@ -1,0 +1,252 @@
+"""Says who waits for whom, where processes wait for one another.
+
+A program that one process leaves, or in which one does what the others do not,
+waits: torch says nothing until its timeout, half an hour later on gloo. Here a
+thread of each process looks now and then at what the main thread does, and
+tells it to the others through a connection of its own to their store. Where
+the main thread has waited in a collective for long, one process says once what
+each of them is doing, and what to change.
+
+Nothing is wrapped and nothing counted: a step takes as long as without. That a
+thread waits is seen from its stack, which ends where torch or this project
+communicates, and from its processor time, which does not go on. Collectives of
+NCCL do not stop the host: there, only what the host waits for is seen.
+"""
+
+import collections
+import datetime
+import json
+import logging
+import os
+import sys
+import sysconfig
+import threading
+import time
+
+import torch
+
+import keras
+
+logger = logging.getLogger("keras.distribution")
+
+# Seconds that the main thread waits before it is said; 0 for never.
+VARIABLE, PATIENCE = "KERAS_DISTRIBUTION_STALL_SECONDS", 30.0
+# Seconds between two looks, without a look of a process until it does not
+# answer, and for an answer of the store.
+PERIOD, SILENCE, TIMEOUT = 1.0, 5.0, 10.0
+KEY = "keras_watch/{}"
+# How many times something has been said.
+COUNT = "keras_watch/said"
+
+# What programs call that communicates.
+CALLS = frozenset(
+    """
+    fit evaluate predict train_on_batch test_on_batch predict_on_batch
+    save save_weights load_weights load_model export get_weights set_weights
+    initialize set_distribution backward convert_to_numpy
+    """.split()
+)
+
+
+def _folder(path):
+    return os.path.join(os.path.realpath(path), "")
+
+
+TORCH = _folder(os.path.dirname(torch.__file__))
+COMMUNICATES = (
+    os.path.join(TORCH, "distributed", ""),
+    _folder(os.path.join(os.path.dirname(__file__), os.pardir)),
+)
+# This project mirrors the tree of Keras.
+KERAS = (
+    _folder(os.path.dirname(keras.__file__)),
+    _folder(os.path.join(os.path.dirname(__file__), *[os.pardir] * 5)),
+)
+LIBRARIES = tuple(_folder(path) for path in set(sysconfig.get_paths().values()))
+
+
+class Place:
+    """What a thread is doing.
+
+    Attributes:
+        line: string, the line of the user's own code.
+        call: string, what it has called of Keras, or None.
+        layer: string, the path of the layer that is called, or None.
+        communicates: whether torch or this project communicates.
+    """
+
+    def __init__(self, frame):
+        self.line = self.call = self.layer = None
+        file = os.path.realpath(frame.f_code.co_filename)
+        self.communicates = file.startswith(COMMUNICATES)
+        while frame is not None and self.line is None:
+            self._look_at(frame)
+            frame = frame.f_back
+
+    def _look_at(self, frame):
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if file.startswith("<"):
+            return
+        file = os.path.realpath(file)
+        if file.startswith(KERAS):
+            if name == "_call" and file.endswith("execution.py"):
+                layer = frame.f_locals.get("layer")
+                self.layer = self.layer or getattr(layer, "path", None)
+            elif name in CALLS and not (self.call or "").startswith(name):
+                # Of those of one name, the innermost tells more.
+                self.call = name + _progress(frame)
+        elif not file.startswith((TORCH, *LIBRARIES)):
+            self.line = f"{os.path.basename(file)}:{frame.f_lineno}"
+
+    def __str__(self):
+        parts = [
+            self.line,
+            self.call and f"in `{self.call}`",
+            self.layer and f"layer '{self.layer}'",
+        ]
+        return ", ".join(part for part in parts if part) or "at no known line"
+
+
+def _progress(frame):
+    """Which epoch and step `fit` is in."""
+    epoch = frame.f_locals.get("epoch")
+    step = frame.f_locals.get("begin_step")
+    text = "" if epoch is None else f", epoch {epoch + 1}"
+    return text if step is None else f"{text}, step {step}"
+
+
+class Watch:
+    """Looks at the main thread of this process, and at the others.
+
+    Args:
+        store: a connection to the store of all processes, used by nobody else.
+        rank, world: ints, of this process, and how many there are.
+        patience: float, seconds to wait before something is said.
+    """
+
+    def __init__(self, store, rank, world, patience):
+        self.store, self.rank, self.world = store, rank, world
+        self.patience = patience
+        self._thread_id = threading.main_thread().ident
+        self._clock = time.pthread_getcpuclockid(self._thread_id)
+        self._since, self._seen = time.monotonic(), None
+        # How often something had been said when the main thread last moved.
+        self._looks, self._count = 0, None
+        self._period = min(PERIOD, patience / 4)
+        self._over = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="keras-watch", daemon=True
+        )
+
+    def start(self):
+        self._thread.start()
+
+    def stop(self):
+        """Ends the thread, before the interpreter does."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * TIMEOUT)
+
+    def _run(self):
+        while not self._over.wait(self._period):
+            try:
+                self._look()
+            except RuntimeError:
+                # The store has gone with the process that kept it: the others
+                # see that in their next collective.
+                return
+
+    def _look(self):
+        place = Place(sys._current_frames()[self._thread_id])
+        # The stack is no proof: the same line is passed again and again.
+        seen = str(place), round(time.clock_gettime(self._clock), 2)
+        now = time.monotonic()
+        if seen != self._seen:
+            self._since, self._seen = now, seen
+        waits = place.communicates and now - self._since >= self.patience
+        self._looks += 1
+        said = {"looks": self._looks, "place": str(place), "waits": waits}
+        self.store.set(KEY.format(self.rank), json.dumps(said))
+        if not waits:
+            self._count = self.store.add(COUNT, 0)
+        elif self._count is not None:
+            self._say(said)
+            self._count = None
+
+    def _say(self, mine):
+        """Says what all processes do, unless another has, in this wait."""
+        before = self._read()
+        if self._over.wait(SILENCE):
+            return
+        answers = {
+            rank: said
+            for rank, said in self._read().items()
+            if rank not in before or said["looks"] != before[rank]["looks"]
+        }
+        answers[self.rank] = mine
+        if self.store.add(COUNT, 1) == self._count + 1:
+            logger.warning("%s", describe(answers, self.world, self.patience))
+
+    def _read(self):
+        keys = [KEY.format(rank) for rank in range(self.world)]
+        return {
+            rank: json.loads(self.store.get(key))
+            for rank, key in enumerate(keys)
+            if self.store.check([key])
+        }
+
+
+def describe(answers, world, patience):
+    """The paragraph that is said.
+
+    Args:
+        answers: dict from ranks to what they said of themselves.
+        world: int, how many processes there are.
+        patience: float, for how many seconds some have waited.
+    """
+    groups = collections.defaultdict(list)
+    for rank in range(world):
+        said = answers.get(rank)
+        if said is None:
+            groups["not answering: stopped, dead, or out of reach"].append(rank)
+        else:
+            verb = "waiting" if said["waits"] else "busy"
+            groups[f"{verb}, {said['place']}"].append(rank)
+    lines = [
+        f"  process{'es' if len(ranks) > 1 else ''} "
+        f"{', '.join(map(str, ranks))}: {what}"
+        for what, ranks in groups.items()
+    ]
+    return "\n".join(
+        [
+            f"Processes have waited for others for {patience:g} s:",
+            *lines,
+            "What communicates (`fit`, `evaluate`, `predict`, `save`, reading "
+            "weights) must be called by every process, in the same order and "
+            "on the same data. Do not put it behind `if process_id() == 0`. "
+            f"({VARIABLE}=0 turns this off.)",
+        ]
+    )
+
+
+def begin(store, rank, world):
+    """Starts to watch this process; returns a function that ends it.
+
+    Args:
+        store: the store of all processes.
+        rank, world: ints, of this process, and how many there are.
+    """
+    try:
+        patience = float(os.environ.get(VARIABLE, PATIENCE))
+    except ValueError:
+        raise ValueError(
+            f"{VARIABLE} is a number of seconds, 0 for never. Received: "
+            f"{VARIABLE}={os.environ[VARIABLE]!r}"
+        ) from None
+    if patience <= 0 or not hasattr(time, "pthread_getcpuclockid"):
+        return lambda: None
+    mine = store.clone()  # The store's own is of one thread.
+    mine.set_timeout(datetime.timedelta(seconds=TIMEOUT))
+    watch = Watch(mine, rank, world, patience)
+    watch.start()
+    return watch.stop
