@@ -127,12 +127,12 @@ show("ends")
 """
 
 
-@pytest.mark.parametrize("failure", ["raise KeyError('mine')", "sys.exit(3)"])
-def test_a_process_that_leaves_ends_the_others(failure, tmp_path):
-    path = tmp_path / "program.py"
-    path.write_text(FAILS.format(failure=failure))
+def start_two(folder, program):
+    """Two processes of a program, without a launcher that keeps their store."""
+    path = folder / "program.py"
+    path.write_text(program)
     port = free_port()
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, str(path)],
             env=environment(
@@ -148,6 +148,11 @@ def test_a_process_that_leaves_ends_the_others(failure, tmp_path):
         )
         for rank in range(2)
     ]
+
+
+@pytest.mark.parametrize("failure", ["raise KeyError('mine')", "sys.exit(3)"])
+def test_a_process_that_leaves_ends_the_others(failure, tmp_path):
+    processes = start_two(tmp_path, FAILS.format(failure=failure))
     try:
         _, error = processes[1].communicate(timeout=LIMIT)
         began = time.monotonic()
@@ -186,3 +191,17 @@ def test_no_thread_outlives_its_process_group(shape, tmp_path):
     output, _ = run_torchrun(tmp_path, ENDS.format(shape=shape))
     assert output.count("ends with {'gloo") == 2, output
     assert output.count("left with {}") == 2, output
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_nothing_is_said_where_one_leaves_first(first, tmp_path):
+    program = FAILS.format(failure="pass")
+    program += f"if dist.get_rank() != {first}:\n    time.sleep(4)\n"
+    processes = start_two(tmp_path, program)
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=LIMIT)
+            assert process.returncode == 0 and not error
+    finally:
+        for process in processes:
+            process.kill()

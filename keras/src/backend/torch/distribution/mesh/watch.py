@@ -25,7 +25,7 @@ import time
 
 import torch
 
-import keras
+from keras.src import version
 
 logger = logging.getLogger("keras.distribution")
 
@@ -35,8 +35,10 @@ VARIABLE, PATIENCE = "KERAS_DISTRIBUTION_STALL_SECONDS", 30.0
 # answer, and for an answer of the store.
 PERIOD, SILENCE, TIMEOUT = 1.0, 5.0, 10.0
 KEY = "keras_watch/{}"
-# How many times something has been said.
+# How many times something has been said; whether the process that keeps the
+# store, the first, leaves; and how many of the others ask it nothing any more.
 COUNT = "keras_watch/said"
+LEAVES, LEFT = "keras_watch/leaves", "keras_watch/left"
 
 # What programs call that communicates.
 CALLS = frozenset(
@@ -59,7 +61,7 @@ COMMUNICATES = (
 )
 # This project mirrors the tree of Keras.
 KERAS = (
-    _folder(os.path.dirname(keras.__file__)),
+    _folder(os.path.join(os.path.dirname(version.__file__), os.pardir)),
     _folder(os.path.join(os.path.dirname(__file__), *[os.pardir] * 5)),
 )
 LIBRARIES = tuple(_folder(path) for path in set(sysconfig.get_paths().values()))
@@ -142,21 +144,48 @@ class Watch:
         self._thread.start()
 
     def stop(self):
-        """Ends the thread, before the interpreter does."""
+        """Ends the thread, before the interpreter does.
+
+        The first process waits for a moment, until the others ask its store
+        nothing any more: torch would complain of each answer that is missing.
+        """
+        is_watching = not self._over.is_set()
         self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(2 * TIMEOUT)
+        self._thread.join(2 * TIMEOUT)
+        has_failed = getattr(sys, "last_value", None) is not None
+        if not is_watching or has_failed or self._thread.is_alive():
+            return
+        try:
+            self._part()
+        except RuntimeError as error:
+            logger.debug("The store has gone before this process: %s", error)
+
+    def _part(self):
+        if self.rank:
+            self.store.add(LEFT, 1)
+            return
+        self.store.set(LEAVES, "yes")
+        end = time.monotonic() + 3 * self._period
+        while self.store.add(LEFT, 0) < self.world - 1:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.02)
 
     def _run(self):
         while not self._over.wait(self._period):
             try:
                 self._look()
-            except RuntimeError:
-                # The store has gone with the process that kept it: the others
-                # see that in their next collective.
-                return
+            except RuntimeError as error:
+                # It has gone with the process that kept it, which the program
+                # sees in its next collective.
+                logger.debug("The store does not answer: %s", error)
+                self._over.set()
 
     def _look(self):
+        if self.rank and self.store.check([LEAVES]):
+            self.store.add(LEFT, 1)
+            self._over.set()
+            return
         place = Place(sys._current_frames()[self._thread_id])
         # The stack is no proof: the same line is passed again and again.
         seen = str(place), round(time.clock_gettime(self._clock), 2)
