@@ -9,8 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from keras.src.backend.torch import distribution_lib
+from keras.src.distribution import files
 from keras.src.distribution import processes
 
 SOURCES = pathlib.Path(__file__).parents[1]
@@ -54,6 +57,26 @@ def test_the_backend_has_an_answer_to_each_question():
             answer = getattr(distribution_lib, name)
             assert answer is not default, name
             assert name in distribution_lib.__all__
+
+
+def test_without_a_distribution_nothing_communicates(fake_world, monkeypatch):
+    # One process of two, in code that the others do not run.
+    fake_world(2)
+    for name in ("all_reduce", "broadcast", "all_gather_object"):
+        monkeypatch.setattr(dist, name, lambda *args, **kwargs: pytest.fail())
+    assert not processes.is_distributed()
+    assert processes.any_process(True) and not processes.any_process(False)
+    assert processes.any_of_each([1, 0]) == [True, False]
+    with processes.work("nothing") as work:
+        work.flag = True
+    with pytest.raises(KeyError), processes.work("nothing"):
+        raise KeyError
+    assert processes.share_of_rows() is None
+    assert not processes.spans_rows(torch.ones(2), (0,))
+    assert processes.call_metric(None, max, (1, 2), {}) == 2
+    assert processes.metric_result(None, lambda: 3) == 3
+    assert processes.call_loss(None, lambda *args: args, 1, 2, 3) == (1, 2, 3)
+    assert files.exists(__file__)
 
 
 PROGRAM = """
