@@ -22,13 +22,14 @@ def by_one_device(export):
             if not processes.is_distributed():
                 return export(model, filepath, *args, **kwargs)
             is_other = files.is_other()
-            with processes.as_one_device(model):
-                files.on_all(
-                    lambda: (
-                        is_other or export(model, filepath, *args, **kwargs)
-                    ),
-                    filepath,
-                )
+            # The work of all: within it, the one that writes has no
+            # distribution.
+            with (
+                processes.work(f"writing {filepath}"),
+                processes.as_one_device(model),
+            ):
+                if not is_other:
+                    export(model, filepath, *args, **kwargs)
             return filepath
 
     return export_once
