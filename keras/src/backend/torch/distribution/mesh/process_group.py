@@ -334,10 +334,11 @@ def _leave(group):
         group: weak reference to the group that this process has joined.
     """
     os.environ.pop(JOINED, None)
-    if not is_running() or dist.group.WORLD is not group():
-        return
+    # Also where the program has ended the group itself.
     for release in _before_leaving:
         release()
+    if not is_running() or dist.group.WORLD is not group():
+        return
     failed = getattr(sys, "last_value", None) is not None
     if failed and "nccl" in dist.get_backend_config():
         private.abort_groups()

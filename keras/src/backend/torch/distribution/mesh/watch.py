@@ -15,6 +15,7 @@ NCCL do not stop the host: there, only what the host waits for is seen.
 
 import collections
 import datetime
+import functools
 import json
 import logging
 import os
@@ -50,25 +51,43 @@ CALLS = frozenset(
 )
 
 
-def _folder(path):
-    return os.path.join(os.path.realpath(path), "")
+def _folder(*path):
+    return os.path.join(os.path.realpath(os.path.join(*path)), "")
 
 
+HERE = os.path.dirname(__file__)
 TORCH = _folder(os.path.dirname(torch.__file__))
-COMMUNICATES = (
-    os.path.join(TORCH, "distributed", ""),
-    _folder(os.path.join(os.path.dirname(__file__), os.pardir)),
-)
+COMMUNICATES = (_folder(TORCH, "distributed"), _folder(HERE, os.pardir))
 # This project mirrors the tree of Keras.
 KERAS = (
-    _folder(os.path.join(os.path.dirname(version.__file__), os.pardir)),
-    _folder(os.path.join(os.path.dirname(__file__), *[os.pardir] * 5)),
+    _folder(os.path.dirname(version.__file__), os.pardir),
+    _folder(HERE, *[os.pardir] * 5),
 )
-LIBRARIES = tuple(_folder(path) for path in set(sysconfig.get_paths().values()))
+LIBRARIES = (TORCH, *map(_folder, set(sysconfig.get_paths().values())))
+
+
+@functools.cache
+def owner_of(file):
+    """Whose a source file is: `"keras"`, `"user"`, or None for a library's."""
+    path = os.path.realpath(file)
+    if path.startswith(KERAS):
+        return "keras"
+    return None if path.startswith(LIBRARIES) or file[0] == "<" else "user"
+
+
+@functools.cache
+def communicates(file):
+    """Whether torch or this project communicates in a source file."""
+    return os.path.realpath(file).startswith(COMMUNICATES)
 
 
 class Place:
     """What a thread is doing.
+
+    Args:
+        frame: its innermost frame.
+        closely: bool, whether to look at variables of its frames too. They
+            are kept until the frame ends: to be asked of what stands still.
 
     Attributes:
         line: string, the line of the user's own code.
@@ -77,28 +96,25 @@ class Place:
         communicates: whether torch or this project communicates.
     """
 
-    def __init__(self, frame):
+    def __init__(self, frame, closely=False):
         self.line = self.call = self.layer = None
-        file = os.path.realpath(frame.f_code.co_filename)
-        self.communicates = file.startswith(COMMUNICATES)
+        self.communicates = communicates(frame.f_code.co_filename)
         while frame is not None and self.line is None:
-            self._look_at(frame)
+            self._look_at(frame, closely)
             frame = frame.f_back
 
-    def _look_at(self, frame):
+    def _look_at(self, frame, closely):
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if file.startswith("<"):
-            return
-        file = os.path.realpath(file)
-        if file.startswith(KERAS):
-            if name == "_call" and file.endswith("execution.py"):
-                layer = frame.f_locals.get("layer")
-                self.layer = self.layer or getattr(layer, "path", None)
-            elif name in CALLS and not (self.call or "").startswith(name):
-                # Of those of one name, the innermost tells more.
-                self.call = name + _progress(frame)
-        elif not file.startswith((TORCH, *LIBRARIES)):
+        owner = owner_of(file)
+        if owner == "user":
             self.line = f"{os.path.basename(file)}:{frame.f_lineno}"
+        elif owner == "keras" and name in CALLS:
+            # Of those of one name, the innermost tells more.
+            if not (self.call or "").startswith(name):
+                self.call = name + (_progress(frame) if closely else "")
+        elif closely and name == "_call" and file.endswith("execution.py"):
+            layer = frame.f_locals.get("layer")
+            self.layer = self.layer or getattr(layer, "path", None)
 
     def __str__(self):
         parts = [
@@ -121,19 +137,24 @@ class Watch:
     """Looks at the main thread of this process, and at the others.
 
     Args:
-        store: a connection to the store of all processes, used by nobody else.
+        store: the store of all processes. It is kept, as the process that has
+            made it serves the others, who ask until they leave.
         rank, world: ints, of this process, and how many there are.
         patience: float, seconds to wait before something is said.
     """
 
     def __init__(self, store, rank, world, patience):
-        self.store, self.rank, self.world = store, rank, world
+        # The store's own connection is of one thread.
+        self._server, self.store = store, store.clone()
+        self.store.set_timeout(datetime.timedelta(seconds=TIMEOUT))
+        self.rank, self.world = rank, world
         self.patience = patience
         self._thread_id = threading.main_thread().ident
         self._clock = time.pthread_getcpuclockid(self._thread_id)
         self._since, self._seen = time.monotonic(), None
-        # How often something had been said when the main thread last moved.
-        self._looks, self._count = 0, None
+        # How often something had been said when the main thread last moved;
+        # when the others were asked, and what they had answered before.
+        self._looks, self._count, self._asked = 0, None, None
         self._period = min(PERIOD, patience / 4)
         self._over = threading.Event()
         self._thread = threading.Thread(
@@ -159,6 +180,7 @@ class Watch:
             self._part()
         except RuntimeError as error:
             logger.debug("The store has gone before this process: %s", error)
+        self._server = None
 
     def _part(self):
         if self.rank:
@@ -186,35 +208,43 @@ class Watch:
             self.store.add(LEFT, 1)
             self._over.set()
             return
-        place = Place(sys._current_frames()[self._thread_id])
+        frame = sys._current_frames()[self._thread_id]
         # The stack is no proof: the same line is passed again and again.
-        seen = str(place), round(time.clock_gettime(self._clock), 2)
-        now = time.monotonic()
-        if seen != self._seen:
-            self._since, self._seen = now, seen
-        waits = place.communicates and now - self._since >= self.patience
+        clock = round(time.clock_gettime(self._clock), 2)
+        place, now = Place(frame), time.monotonic()
+        if (str(place), clock) != self._seen:
+            self._since, self._seen = now, (str(place), clock)
+        is_still = now - self._since >= self.patience
+        if is_still:
+            place = Place(frame, closely=True)
         self._looks += 1
-        said = {"looks": self._looks, "place": str(place), "waits": waits}
+        said = {
+            "looks": self._looks,
+            "place": str(place),
+            "waits": is_still and place.communicates,
+        }
         self.store.set(KEY.format(self.rank), json.dumps(said))
-        if not waits:
-            self._count = self.store.add(COUNT, 0)
+        if not said["waits"]:
+            self._count, self._asked = self.store.add(COUNT, 0), None
         elif self._count is not None:
-            self._say(said)
-            self._count = None
+            self._ask(now)
 
-    def _say(self, mine):
-        """Says what all processes do, unless another has, in this wait."""
-        before = self._read()
-        if self._over.wait(SILENCE):
+    def _ask(self, now):
+        """Says, some looks later, what all do; unless another has, in this
+        wait. It goes on looking: the others ask for its looks too."""
+        if self._asked is None:
+            self._asked = now, self._read()
+        since, before = self._asked
+        if now - since < SILENCE:
             return
         answers = {
             rank: said
             for rank, said in self._read().items()
             if rank not in before or said["looks"] != before[rank]["looks"]
         }
-        answers[self.rank] = mine
         if self.store.add(COUNT, 1) == self._count + 1:
             logger.warning("%s", describe(answers, self.world, self.patience))
+        self._count = None
 
     def _read(self):
         keys = [KEY.format(rank) for rank in range(self.world)]
@@ -274,8 +304,6 @@ def begin(store, rank, world):
         ) from None
     if patience <= 0 or not hasattr(time, "pthread_getcpuclockid"):
         return lambda: None
-    mine = store.clone()  # The store's own is of one thread.
-    mine.set_timeout(datetime.timedelta(seconds=TIMEOUT))
-    watch = Watch(mine, rank, world, patience)
+    watch = Watch(store, rank, world, patience)
     watch.start()
     return watch.stop

@@ -39,6 +39,12 @@ class Store:
         self.set = self.values.__setitem__
         self.get = self.values.__getitem__
 
+    def clone(self):
+        return self
+
+    def set_timeout(self, timeout):
+        assert timeout.total_seconds() == watch.TIMEOUT
+
     def add(self, key, count):
         self.values[key] = self.values.get(key, 0) + count
         return self.values[key]
