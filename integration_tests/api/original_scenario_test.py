@@ -1,6 +1,5 @@
 """The scenario that this patch was asked for, as one job of two processes."""
 
-import contextlib
 import logging
 
 import numpy as np
@@ -75,12 +74,7 @@ def data(features):
 
 def fit(make_model, distribution=None):
     """A model, and the losses of three epochs of one batch."""
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(3)
-    scope = contextlib.nullcontext()
-    if distribution is not None:
-        scope = distribution.scope()
-    with scope:
+    with parity.fresh(distribution, 3):
         model = make_model()
         model.compile(keras.optimizers.Adam(), loss="mse")
         x, y = data(model.input_shape[-1])

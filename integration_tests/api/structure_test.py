@@ -179,9 +179,7 @@ def on_each_mesh(program, layouts=LAYOUTS, tolerance=1e-5):
     """
 
     def run(distribution):
-        keras.utils.clear_session(free_memory=False)
-        keras.utils.set_random_seed(7)
-        with scope_of(distribution):
+        with parity.fresh(distribution, 7):
             return program(distribution)
 
     expected = parity.on_one_device(lambda: run(None))

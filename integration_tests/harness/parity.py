@@ -74,6 +74,20 @@ def on_one_device(program):
     return result
 
 
+@contextlib.contextmanager
+def fresh(distribution, seed):
+    """Within it a new session, of this seed, under a distribution or None.
+
+    Collective the first time for a distribution: every process enters it.
+    """
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(seed)
+    with contextlib.ExitStack() as stack:
+        if distribution is not None:
+            stack.enter_context(distribution.scope())
+        yield
+
+
 def train(make_model, x, y, distribution=None, **kwargs):
     """Builds a model and trains it on one batch, for a step or more.
 
@@ -111,12 +125,7 @@ def train_here(
 
     Collective under a distribution: every process calls it.
     """
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(7)
-    scope = contextlib.nullcontext()
-    if distribution is not None:
-        scope = distribution.scope()
-    with scope:
+    with fresh(distribution, 7):
         model = make_model()
         model.compile(
             optimizer=optimizer() if optimizer else keras.optimizers.SGD(0.1),
@@ -214,12 +223,7 @@ def run_here(program, make_model, distribution=None):
 
     Collective under a distribution: every process calls it.
     """
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(11)
-    scope = contextlib.nullcontext()
-    if distribution is not None:
-        scope = distribution.scope()
-    with scope:
+    with fresh(distribution, 11):
         model = make_model()
         said = program(model)
         return {"said": said, "weights": model.get_weights()}

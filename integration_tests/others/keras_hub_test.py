@@ -1,6 +1,5 @@
 """Models of KerasHub, of random weights, under their own layout maps."""
 
-import contextlib
 import functools
 import re
 
@@ -179,12 +178,7 @@ def program(make, data, distribution=None):
 
     Collective under a distribution: every process calls it.
     """
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(7)
-    scope = contextlib.nullcontext()
-    if distribution is not None:
-        scope = distribution.scope()
-    with scope:
+    with parity.fresh(distribution, 7):
         model = make()
         x, y, weights = data()
         generates = hasattr(model, "generate")

@@ -1,7 +1,5 @@
 """What tests of gradients share: models, passes, and what they give."""
 
-import contextlib
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,9 +35,7 @@ def distributions(world_size):
 
 def run(program, distribution=None):
     """What a program returns, from the same state each time."""
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(5)
-    with distribution.scope() if distribution else contextlib.nullcontext():
+    with parity.fresh(distribution, 5):
         return program()
 
 

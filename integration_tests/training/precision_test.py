@@ -1,6 +1,5 @@
 """Every dtype policy gives what it gives on one device."""
 
-import contextlib
 import functools
 
 import numpy as np
@@ -187,9 +186,7 @@ def test_overflow_on_one_process(where, world_size):
         return states
 
     def run(distribution=None):
-        keras.utils.clear_session(free_memory=False)
-        keras.utils.set_random_seed(3)
-        with distribution.scope() if distribution else contextlib.nullcontext():
+        with parity.fresh(distribution, 3):
             return under_policy("mixed_float16", program)()
 
     expected = parity.on_one_device(run)

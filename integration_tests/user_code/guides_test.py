@@ -3,7 +3,6 @@
 `GUIDES_ALL=1` runs all of them under each distribution, not some.
 """
 
-import contextlib
 import functools
 import os
 import re
@@ -30,12 +29,7 @@ def run_here(name, distribution=None):
 
     Collective under a distribution: every process calls it.
     """
-    keras.utils.clear_session(free_memory=False)
-    keras.utils.set_random_seed(11)
-    scope = contextlib.nullcontext()
-    if distribution is not None:
-        scope = distribution.scope()
-    with scope:
+    with parity.fresh(distribution, 11):
         return PROGRAMS[name].run()
 
 
