@@ -43,7 +43,7 @@ class Variable(upstream.Variable):
 
     def __init__(self, *args, **kwargs):
         # Its value may be made when its maker is done.
-        self._is_made_later = storage.is_made_later()
+        self._is_made_later = current() is not None and storage.is_made_later()
         super().__init__(*args, **kwargs)
 
     @modes.direct()

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src.backend.common import global_state
 from keras.src.backend.torch.core import convert_to_tensor
+from keras.src.backend.torch.distribution import seam
 from keras.src.backend.torch.distribution.batch import gathers
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import entry_points
@@ -23,22 +24,6 @@ from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.mesh import torch_mesh as mesh_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.ops import activations
-from keras.src.backend.torch.distribution.seam import any_of_each
-from keras.src.backend.torch.distribution.seam import any_process
-from keras.src.backend.torch.distribution.seam import as_one_device
-from keras.src.backend.torch.distribution.seam import call_loss
-from keras.src.backend.torch.distribution.seam import call_metric
-from keras.src.backend.torch.distribution.seam import distribution_of
-from keras.src.backend.torch.distribution.seam import gather_rows
-from keras.src.backend.torch.distribution.seam import is_distributed
-from keras.src.backend.torch.distribution.seam import is_writer
-from keras.src.backend.torch.distribution.seam import metric_result
-from keras.src.backend.torch.distribution.seam import own_rows
-from keras.src.backend.torch.distribution.seam import share_of_rows
-from keras.src.backend.torch.distribution.seam import share_of_sum
-from keras.src.backend.torch.distribution.seam import spans_rows
-from keras.src.backend.torch.distribution.seam import sum_over_rows
-from keras.src.backend.torch.distribution.seam import work
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
@@ -60,23 +45,10 @@ __all__ = [
     "distribution_was_set",
     "parallelize_layer",
     # What `keras.src.distribution.processes` asks.
-    "any_of_each",
-    "any_process",
-    "as_one_device",
-    "call_loss",
-    "call_metric",
-    "distribution_of",
-    "gather_rows",
-    "is_distributed",
-    "is_writer",
-    "metric_result",
-    "own_rows",
-    "share_of_rows",
-    "share_of_sum",
-    "spans_rows",
-    "sum_over_rows",
-    "work",
+    *seam.__all__,
 ]
+
+globals().update({name: getattr(seam, name) for name in seam.__all__})
 
 ENTRY_POINTS = "torch_entry_points"
 REPLICATION = "torch_implicit_replication"

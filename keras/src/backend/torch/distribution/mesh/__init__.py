@@ -5,5 +5,7 @@
 - `context`: what the current distribution means for this process;
 - `rows`: which rows of a batch are ours, and what they weigh;
 - `agreement`, `configuration`: what must be equal, and whether it is;
-- `together`: work that may fail on one of them.
+- `together`: work that may fail on one of them;
+- `watch`: who waits for whom;
+- `gloo_on_gpus`: what gloo lacks there.
 """

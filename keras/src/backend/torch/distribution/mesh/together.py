@@ -85,9 +85,7 @@ def any_process(flag):
         What another process has raised, if within work one has.
     """
     if not _stack.works:
-        flags = torch.tensor([float(flag)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags.item())
+        return _any_of_each([flag])[0]
     if _stack.works[-1].failure is not None:
         # User code has caught it.
         raise _stack.works[-1].failure
@@ -103,6 +101,10 @@ def any_of_each(flags):
     Collective: every process calls it, with a list as long.
     """
     go_on()
+    return _any_of_each(flags)
+
+
+def _any_of_each(flags):
     state = torch.tensor([float(flag) for flag in flags])
     dist.all_reduce(state, dist.ReduceOp.MAX)
     return [bool(flag) for flag in state.tolist()]
