@@ -24,6 +24,18 @@ def _of_backend(default):
     return ask
 
 
+def _of_distribution(default):
+    """As `_of_backend`, of what only a distribution gives a meaning."""
+    of_backend = _of_backend(default)
+
+    @functools.wraps(default)
+    def ask(*args, **kwargs):
+        function = of_backend if is_distributed() else default
+        return function(*args, **kwargs)
+
+    return ask
+
+
 # ---- processes ---------------------------------------------------------------
 
 
@@ -45,7 +57,7 @@ def distribution_of(model):
     return contextlib.nullcontext()
 
 
-@_of_backend
+@_of_distribution
 def work(what):
     """Within it, what one process raises, all raise.
 
@@ -61,7 +73,7 @@ def work(what):
     return contextlib.nullcontext(types.SimpleNamespace(flag=False))
 
 
-@_of_backend
+@_of_distribution
 def any_process(flag):
     """Whether a flag is set on any process.
 
@@ -70,13 +82,13 @@ def any_process(flag):
     return bool(flag)
 
 
-@_of_backend
+@_of_distribution
 def any_of_each(flags):
     """As `any_process`, of each flag of a list."""
     return [bool(flag) for flag in flags]
 
 
-@_of_backend
+@_of_distribution
 def as_one_device(model):
     """Within it, the process that writes has no distribution, and the model's
     variables are whole there.

@@ -1,8 +1,6 @@
 """What code of Keras that knows no backend asks: see
 `keras.src.distribution.processes`, which says what each function is for."""
 
-import contextlib
-
 import torch.distributed as dist
 
 from keras.src.backend.torch.distribution.batch import gathers
@@ -10,10 +8,12 @@ from keras.src.backend.torch.distribution.batch import statistics
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import known
 from keras.src.backend.torch.distribution.mesh import rows
-from keras.src.backend.torch.distribution.mesh import together
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.mesh.context import own_distribution
 from keras.src.backend.torch.distribution.mesh.process_group import is_first
+from keras.src.backend.torch.distribution.mesh.together import any_of_each
+from keras.src.backend.torch.distribution.mesh.together import any_process
+from keras.src.backend.torch.distribution.mesh.together import work
 from keras.src.backend.torch.distribution.ops import operators
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.training import metric_states
@@ -47,22 +47,6 @@ is_writer = is_first
 
 def is_distributed():
     return current() is not None
-
-
-def work(what):
-    if current() is None:
-        return contextlib.nullcontext(together.Work(what))
-    return together.work(what)
-
-
-def any_process(flag):
-    return bool(flag) if current() is None else together.any_process(flag)
-
-
-def any_of_each(flags):
-    if current() is None:
-        return [bool(flag) for flag in flags]
-    return together.any_of_each(flags)
 
 
 def share_of_rows():
