@@ -15,10 +15,10 @@ from keras.src import backend
 from keras.src import layers
 from keras.src import models
 from keras.src.backend.torch import distribution_lib as backend_dlib
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.layers.projection import (
     ProjectionStyle,
 )
-from keras.src.backend.torch.distribution.layers.styles import STYLE
 from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.distribution import distribution_lib
@@ -359,8 +359,8 @@ def test_parallelize_applies_the_plan(fake_world):
         other = layers.Dense(4, name="other")
         other.build((2, 3))
         distribution.parallelize(other)
-    assert type(dense.__dict__[STYLE]) is ProjectionStyle
-    assert STYLE not in other.__dict__
+    assert type(dense.__dict__[marks.STYLE]) is ProjectionStyle
+    assert marks.STYLE not in other.__dict__
 
 
 def unmatched(layouts, paths):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from keras.src import losses
 from keras.src.backend.common import global_state
-from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.losses import loss as loss_module
 from keras_torch_distribution.src.losses import loss as overlay
@@ -88,7 +88,7 @@ def on_shards(on_threads, total, function):
         # As `set_distribution` does, for this thread.
         global_state.set_global_attribute(
             "distribution",
-            types.SimpleNamespace(**{context_lib.ATTRIBUTE: context}),
+            types.SimpleNamespace(**{marks.CONTEXT: context}),
         )
         start, stop = rows.split(total, SHARDS, rank)
         ours = rows.split_evenly(total, SHARDS, rank)

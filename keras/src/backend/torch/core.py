@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src import tree
 from keras.src.backend.torch import core as upstream
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.gradients.reducer import keep_plain
@@ -55,7 +56,7 @@ class Variable(upstream.Variable):
         self._shape = tuple(value.shape)
         if isinstance(value, torch.nn.Parameter):
             super()._initialize(value)
-            setattr(value, storage.TAKEN, True)
+            setattr(value, marks.TAKEN, True)
         else:
             layout = self._layout
             if layout is None:

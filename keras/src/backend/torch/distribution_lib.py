@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src.backend.common import global_state
 from keras.src.backend.torch.core import convert_to_tensor
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import seam
 from keras.src.backend.torch.distribution.batch import gathers
 from keras.src.backend.torch.distribution.global_rows import borders
@@ -413,7 +414,7 @@ def _relayout_activation(tensor, layout, context):
         tensor = tensor.redistribute(placements=placements)
     if sharded.is_whole(tensor):
         return sharded.Leave.apply(tensor)
-    setattr(tensor, sharded.REQUESTED, True)
+    setattr(tensor, marks.REQUESTED, True)
     return tensor
 
 
@@ -426,11 +427,11 @@ def activate(distribution):
         # Errors of the mesh are errors on one device too.
         distribution.device_mesh.backend_mesh
         return
-    if not hasattr(distribution, context_lib.ATTRIBUTE):
+    if not hasattr(distribution, marks.CONTEXT):
         context = context_lib.Context(distribution)
         if context.data_size > 1:
             context.reducer = Reducer(context)
-        setattr(distribution, context_lib.ATTRIBUTE, context)
+        setattr(distribution, marks.CONTEXT, context)
 
 
 def distribution_was_set(distribution):
@@ -450,5 +451,5 @@ def parallelize_layer(layer, distribution, layout_map):
     """Gives a layer that was just built the style of its variables."""
     plan = create_tp_plan_from_layout_map(layer, layout_map)
     if plan:
-        mesh = getattr(distribution, context_lib.ATTRIBUTE).mesh
+        mesh = getattr(distribution, marks.CONTEXT).mesh
         parallelize_torch_module(layer, mesh, plan)

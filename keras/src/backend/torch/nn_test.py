@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.backend.torch import nn
-from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.tensors import collectives
@@ -45,7 +45,7 @@ def in_a_step(rank, world_size, total, function):
     # As `set_distribution` does, for this thread.
     global_state.set_global_attribute(
         "distribution",
-        types.SimpleNamespace(**{context_lib.ATTRIBUTE: context}),
+        types.SimpleNamespace(**{marks.CONTEXT: context}),
     )
     start, stop = rows.split(total, world_size, rank)
     modes.calls += 1

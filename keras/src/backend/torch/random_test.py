@@ -7,8 +7,8 @@ from torch.distributed.tensor import Shard
 from keras.src import layers
 from keras.src import random
 from keras.src.backend.common import global_state
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes as modes_lib
-from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.utils import rng_utils
@@ -28,7 +28,7 @@ def in_a_layer(no_world):
         global_state.set_global_attribute(
             "distribution",
             types.SimpleNamespace(
-                **{context_lib.ATTRIBUTE: context},
+                **{marks.CONTEXT: context},
                 get_tensor_layout=lambda path: None,
                 draw_global_batch=False,
             ),
@@ -131,7 +131,7 @@ def test_dropout_of_a_shard_is_its_part_of_one_mask(fake_world):
         context = types.SimpleNamespace(data_size=1, data_index=0)
         global_state.set_global_attribute(
             "distribution",
-            types.SimpleNamespace(**{context_lib.ATTRIBUTE: context}),
+            types.SimpleNamespace(**{marks.CONTEXT: context}),
         )
         local = sharded.wrap(torch.ones(4, 3), mesh, (Shard(1),), (4, 6))
         modes.calls += 1

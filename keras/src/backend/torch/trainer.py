@@ -8,6 +8,7 @@ import torch
 from keras.src import losses
 from keras.src import tree
 from keras.src.backend.torch import trainer as upstream
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution.batch import gathers
 from keras.src.backend.torch.distribution.global_rows import borders
@@ -17,7 +18,6 @@ from keras.src.backend.torch.distribution.mesh import configuration
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.mesh import together
-from keras.src.backend.torch.distribution.mesh.context import MADE_UNDER
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.mesh.context import own_distribution
 from keras.src.backend.torch.distribution.ops import activations
@@ -36,7 +36,7 @@ class TorchTrainer(upstream.TorchTrainer):
     def __init__(self):
         super().__init__()
         # Not by `setattr`: a model is no module of torch's yet.
-        self.__dict__[MADE_UNDER] = current()
+        self.__dict__[marks.MADE_UNDER] = current()
 
     def make_train_function(self, force=False):
         if self.train_function is None or force:

@@ -6,7 +6,7 @@ import pathlib
 HERE = pathlib.Path(__file__).parent
 NAME = "keras.src.backend.torch.distribution"
 FLOORS = [
-    {"modes", "private"},
+    {"marks", "modes", "private"},
     {"mesh"},
     {"tensors"},
     {"batch"},
@@ -19,7 +19,7 @@ FLOORS = [
 ]
 # What is ambient, torch's private names, and what code of Keras that knows no
 # backend asks.
-ROOMS_OF_ONE_FILE = ("modes", "private", "seam")
+ROOMS_OF_ONE_FILE = ("marks", "modes", "private", "seam")
 
 
 def imports_of(path, anywhere=True):

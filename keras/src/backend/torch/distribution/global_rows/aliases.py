@@ -10,12 +10,9 @@ import weakref
 
 import torch
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import map_tensors
-
-# On a tensor that others are views of: the boxes whose gathered rows user code
-# has views of.
-FOLLOWED = "_keras_followed"
 
 
 def _memory(x):
@@ -28,7 +25,7 @@ def settle(x):
     """Takes what was written into gathered rows of `x`, and of its views."""
     if x._whole is not None:
         write_back(x)
-    followed = getattr(_memory(x), FOLLOWED, None)
+    followed = getattr(_memory(x), marks.FOLLOWED, None)
     if followed is not None:
         for box in followed.values():
             box = box()
@@ -63,12 +60,12 @@ def follow(result, boxes):
         for x in boxes:
             if base is x._whole or base is x._whole._base:
                 # It lives as long as the views.
-                x._whole._keras_box = x
+                setattr(x._whole, marks.BOX, x)
                 memory, local = _memory(x), x.local
-                followed = getattr(memory, FOLLOWED, None)
+                followed = getattr(memory, marks.FOLLOWED, None)
                 if followed is None:
                     followed = {}
-                    setattr(memory, FOLLOWED, followed)
+                    setattr(memory, marks.FOLLOWED, followed)
                 place = (
                     x.at,
                     x.rows,
@@ -89,11 +86,11 @@ def written_into(x):
     Collective along the data axis, if there are views of gathered rows: also
     where they are gone, which a process may find out sooner than another.
     """
-    owner = getattr(_memory(x), carrier.GRADIENT, None)
+    owner = getattr(_memory(x), marks.GRADIENT, None)
     if owner is not None:
         grad, rows = owner
         grad.copy_(_memory(x) * carrier.shards_of(rows))
-    followed = getattr(_memory(x), FOLLOWED, None)
+    followed = getattr(_memory(x), marks.FOLLOWED, None)
     if followed is None:
         return
     for place, reference in list(followed.items()):
@@ -111,4 +108,4 @@ def written_into(x):
 
 def is_followed(x):
     """Whether others share the memory that a `GlobalTensor` is in."""
-    return getattr(_memory(x), FOLLOWED, None) is not None
+    return getattr(_memory(x), marks.FOLLOWED, None) is not None

@@ -18,15 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.batch import gathers
 from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
-from keras.src.backend.torch.distribution.tensors.sharded import REDUCED
 
 # On local rows of a gradient that user code was handed: the gradient of which
 # they are a part. What is written into them is written into it.
-GRADIENT = "_keras_gradient"
 
 
 class Sum(torch.autograd.Function):
@@ -136,7 +135,7 @@ class GlobalTensor(torch.Tensor):
         local = grad / shards_of(self.rows)
         if self.at is None:
             return local  # As our addend has it, so has the sum.
-        setattr(local, GRADIENT, (grad, self.rows))
+        setattr(local, marks.GRADIENT, (grad, self.rows))
         return self.like(local)
 
     @grad.setter
@@ -328,13 +327,13 @@ def leaf_of_all(x, rows):
     """
     if x.requires_grad and not isinstance(x, DTensor):
         for leaf in [x] if x.is_leaf else _new_leafs(x):
-            if not hasattr(leaf, REDUCED):
+            if not hasattr(leaf, marks.REDUCED):
                 _reduce(leaf, rows)
     return x
 
 
 def _reduce(leaf, rows):
-    setattr(leaf, REDUCED, True)
+    setattr(leaf, marks.REDUCED, True)
     leaf.register_hook(
         lambda grad: (
             Sum.apply(collectives.whole_gradient(grad), rows.group)
@@ -351,9 +350,9 @@ def _new_leafs(x):
     nodes, leafs = [x.grad_fn], []
     while nodes:
         node = nodes.pop()
-        if node is None or REDUCED in node.metadata:
+        if node is None or marks.REDUCED in node.metadata:
             continue
-        node.metadata[REDUCED] = True
+        node.metadata[marks.REDUCED] = True
         if hasattr(node, "variable"):
             leafs.append(node.variable)
         elif not isinstance(node, (Sum._backward_cls, Gather._backward_cls)):

@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional as F
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.batch import batch_norm as batch_norms
 from keras.src.backend.torch.distribution.global_rows import carrier
@@ -19,7 +20,6 @@ from keras.src.backend.torch.distribution.global_rows.table import align
 from keras.src.backend.torch.distribution.global_rows.table import bind
 from keras.src.backend.torch.distribution.global_rows.table import rule
 from keras.src.backend.torch.distribution.global_rows.table import with_tensors
-from keras.src.backend.torch.distribution.tensors.sharded import REDUCED
 
 # Functions of each entry of dim 0, and the dims that make that one a batch.
 OF_A_BATCH = {
@@ -482,7 +482,7 @@ def _of_input(x, grad, shards, rows):
         return x.like(grad / shards)
     if is_addend(x):
         return grad / shards  # As our addend has it, so has the sum.
-    if hasattr(x, REDUCED) or type(x) not in (
+    if hasattr(x, marks.REDUCED) or type(x) not in (
         torch.Tensor,
         torch.nn.Parameter,
     ):

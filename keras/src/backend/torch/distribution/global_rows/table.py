@@ -17,6 +17,7 @@ import logging
 import torch
 
 from keras.src.backend.common import KerasVariable
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows import aliases
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.global_rows.carrier import (
@@ -63,7 +64,7 @@ def run(func, types, args, kwargs):
             if (
                 x._whole is not None
                 or local._base is not None
-                or aliases.FOLLOWED in local.__dict__
+                or marks.FOLLOWED in local.__dict__
             ):
                 aliases.settle(x)
         elif type(x) in (list, tuple):

@@ -40,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.gradients import buckets
 from keras.src.backend.torch.distribution.gradients.backward import Pass
@@ -99,7 +100,7 @@ class Reducer:
         number = self._registered
         self._registered += 1
         self._parameters[number] = parameter
-        setattr(parameter, sharded.REDUCED, True)
+        setattr(parameter, marks.REDUCED, True)
         self._names.append(name)
         local = parameter.detach()
         if isinstance(parameter, DTensor):

@@ -7,13 +7,12 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.parallel import parallelize_module
 
 from keras.src import tree
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
 from keras.src.backend.torch.distribution.variables import unshard
-
-_DECISION = "_keras_style_decision"
 
 
 def create(module, layout_map):
@@ -97,7 +96,7 @@ def _check_not_taken(module, name):
     taken = [
         key
         for key, parameter in module.named_parameters()
-        if hasattr(parameter, storage.TAKEN)
+        if hasattr(parameter, marks.TAKEN)
     ]
     if taken:
         raise ValueError(
@@ -119,15 +118,19 @@ def style_of(layer, context):
     own = layer.variables if repeats else own_variables(layer)
     if not own:
         return None
-    known = layer.__dict__.get(_DECISION)
+    known = layer.__dict__.get(marks.STYLE_DECISION)
     if known is None or known[0] is not context or known[1] != len(own):
         style = None
         if repeats:
             if any(unshard.is_laid_out_by(v._value, context) for v in own):
                 style = styles.RECURRENT
         elif any(unshard.is_model_sharded(v._value, context) for v in own):
-            style = layer.__dict__.get(styles.STYLE) or style_class(layer)()
-        known = layer.__dict__[_DECISION] = (context, len(own), style)
+            style = layer.__dict__.get(marks.STYLE) or style_class(layer)()
+        known = layer.__dict__[marks.STYLE_DECISION] = (
+            context,
+            len(own),
+            style,
+        )
     return known[2]
 
 

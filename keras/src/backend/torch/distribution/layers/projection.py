@@ -5,6 +5,7 @@ import string
 import torch
 
 from keras.src import activations as functions
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.ops import activations
@@ -158,7 +159,7 @@ _ALPHABET = string.ascii_letters
 
 def letters_of(layer, ndim):
     """The `Contraction` of a Dense or EinsumDense for inputs of `ndim` dims."""
-    cache = layer.__dict__.setdefault("_keras_contractions", {})
+    cache = layer.__dict__.setdefault(marks.CONTRACTIONS, {})
     if ndim not in cache:
         equation = layer_equation(layer)
         if equation is None:

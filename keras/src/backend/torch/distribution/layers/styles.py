@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from keras.src import tree
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows.carrier import local_of
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh.context import logger
@@ -21,8 +22,6 @@ from keras.src.backend.torch.distribution.modes import on_whole_weights
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.ops.operation import Operation
-
-STYLE = "_parallel_style"
 
 
 class ShardedStyle(ParallelStyle):
@@ -43,8 +42,8 @@ class ShardedStyle(ParallelStyle):
     def _apply(self, module, device_mesh):
         # What torch's `parallelize_module` calls. A Keras layer's variables
         # are sharded where they are stored: only its way to run is set here.
-        module.__dict__[STYLE] = self
-        module.__dict__.pop("_keras_style_decision", None)
+        module.__dict__[marks.STYLE] = self
+        module.__dict__.pop(marks.STYLE_DECISION, None)
         return module
 
     def call(self, layer, context, args, kwargs):

@@ -10,15 +10,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import Replicate
 
 from keras.src.backend.common import global_state
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh import torch_mesh as mesh_lib
 
 logger = logging.getLogger("keras.distribution")
-
-ATTRIBUTE = "_torch_context"
-MADE_UNDER = "_torch_made_under"
 
 
 class _Set:
@@ -55,7 +53,7 @@ def current():
         if kept is None or not private.is_in_backward():
             return None
         distribution = kept.distribution
-    return getattr(distribution, ATTRIBUTE, None)
+    return getattr(distribution, marks.CONTEXT, None)
 
 
 def own_distribution(model):
@@ -74,7 +72,7 @@ def own_distribution(model):
     contexts = [getattr(v, "_context", None) for v in model.variables]
     contexts = [c for c in contexts if c is not None]
     # Where it has no variables yet.
-    contexts.append(model.__dict__.get(MADE_UNDER))
+    contexts.append(model.__dict__.get(marks.MADE_UNDER))
     if contexts[0] is None:
         return contextlib.nullcontext()
     return contexts[0].distribution.scope()

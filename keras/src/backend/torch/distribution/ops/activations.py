@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
 from keras.src.backend.common.name_scope import current_path
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
@@ -61,7 +62,7 @@ def whole(x):
     """
     if type(x) is GlobalTensor:
         return map_rows(x, whole) if isinstance(x.local, DTensor) else x
-    if not isinstance(x, DTensor) or getattr(x, sharded.REQUESTED, False):
+    if not isinstance(x, DTensor) or getattr(x, marks.REQUESTED, False):
         return x
     return sharded.keep_mask(sharded.whole(x), x, sharded.whole)
 

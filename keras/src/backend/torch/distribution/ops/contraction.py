@@ -22,11 +22,10 @@ import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.tensors import collectives
-
-COLUMN_INPUT = "_keras_column_input"
 
 
 class Contraction:
@@ -284,7 +283,7 @@ def _column_input(x, x_dim, inputs, steps, group):
             return x
         return collectives.all_gather(x, x_dim, inputs.shape[x_dim], group)
     shared = inputs.__dict__.setdefault(
-        COLUMN_INPUT, weakref.WeakValueDictionary()
+        marks.COLUMN_INPUT, weakref.WeakValueDictionary()
     )
     key = (steps, x.dtype)
     result = shared.get(key)

@@ -17,10 +17,6 @@ from keras.src.backend.common.masking import get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask
 from keras.src.backend.torch.distribution import private
 
-REQUESTED = "_keras_requested_layout"
-# Marks a tensor whose gradient is reduced over data shards.
-REDUCED = "_keras_is_reduced"
-
 
 @functools.lru_cache(maxsize=4096)
 def _spec(mesh, mesh_id, placements, shape, dtype):

@@ -4,12 +4,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.mesh import agreement
 from keras.src.backend.torch.distribution.mesh import configuration
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.tensors import sharded
-
-CHECKED = "_keras_checked_for"
 
 # How many steps of training lie between two looks at the weights.
 STEPS_BETWEEN = 100
@@ -24,7 +23,7 @@ def check_once(model, context):
         ValueError: if variables were made before the distribution was set, or
             differ between processes.
     """
-    if model.__dict__.get(CHECKED) is context:
+    if model.__dict__.get(marks.CHECKED) is context:
         return
     variables = model.trainable_variables + model.non_trainable_variables
     check_made_under(variables, context)
@@ -33,7 +32,7 @@ def check_once(model, context):
     warn = getattr(context.distribution, "warn_of_unmatched_keys", None)
     if warn is not None and process_group.is_first():
         warn([v.path for v in variables])
-    model.__dict__[CHECKED] = context
+    model.__dict__[marks.CHECKED] = context
 
 
 def check_same_program(model):

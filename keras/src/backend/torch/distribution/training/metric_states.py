@@ -19,12 +19,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
-
-STATE = "_keras_metric_state"
 
 
 class _State:
@@ -110,7 +109,7 @@ def local(variables, context):
         yield
     finally:
         for variable in shown:
-            variable._value = vars(variable)[STATE].whole
+            variable._value = vars(variable)[marks.METRIC_STATE].whole
 
 
 @contextlib.contextmanager
@@ -118,7 +117,7 @@ def whole(variables):
     """Within it, variables hold the whole state, as it was last written."""
     before = [(v, v._value) for v in variables]
     for variable in variables:
-        variable._value = vars(variable)[STATE].whole
+        variable._value = vars(variable)[marks.METRIC_STATE].whole
     try:
         yield
     finally:
@@ -128,10 +127,10 @@ def whole(variables):
 
 def _show_local(variable, context):
     """Returns whether the variable held the whole state."""
-    state = vars(variable).get(STATE)
+    state = vars(variable).get(marks.METRIC_STATE)
     if state is None or state.context is not context:
         state = _State(variable, context)
-        vars(variable)[STATE] = state
+        vars(variable)[marks.METRIC_STATE] = state
     elif variable._value is state.local:
         return False
     adds_up = _adds_up(variable)
@@ -144,7 +143,7 @@ def _show_local(variable, context):
 
 def state_in_step(variable):
     """The state of a variable that holds the local one now, else None."""
-    state = vars(variable).get(STATE)
+    state = vars(variable).get(marks.METRIC_STATE)
     if state is None or variable._value is not state.local:
         return None
     return state if _adds_up(variable) else None
@@ -208,7 +207,7 @@ def settle(state):
 def settle_all(variables):
     """As `settle`, before code of Keras's own changes the states."""
     for variable in variables:
-        state = vars(variable).get(STATE)
+        state = vars(variable).get(marks.METRIC_STATE)
         if state is not None and state.results:
             settle(state)
 
@@ -219,7 +218,7 @@ def fulfil(variables):
     Does not communicate.
     """
     for variable in variables:
-        state = vars(variable)[STATE]
+        state = vars(variable)[marks.METRIC_STATE]
         results, state.results = state.results, []
         for reference in results:
             result = reference()
@@ -240,7 +239,7 @@ def portion(variable, weight, context):
         return collectives.weighted(value, weight)
     if variable.aggregation == "only_first_replica":
         return collectives.weighted(value, float(context.data_index == 0))
-    state = vars(variable).get(STATE)
+    state = vars(variable).get(marks.METRIC_STATE)
     if state is not None and state.base is not None:
         value = value - state.base
     return value
@@ -251,12 +250,12 @@ def write_whole(variable, value, context):
 
     Does not communicate: all processes have the value.
     """
-    state = vars(variable).get(STATE)
+    state = vars(variable).get(marks.METRIC_STATE)
     if state is None:
         # Made within the step.
         state = _State(variable, context)
         state.whole, state.local = state.local, state.whole
-        vars(variable)[STATE] = state
+        vars(variable)[marks.METRIC_STATE] = state
     stored = state.whole
     if not (stored.is_floating_point() or stored.is_complex()):
         # A weighted sum of counters is rounded in its last digits.

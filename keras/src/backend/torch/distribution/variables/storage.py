@@ -18,9 +18,6 @@ from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import weights
 
-# Marks a torch module's parameter that is a Keras variable too.
-TAKEN = "_keras_variable_of"
-
 
 def fitting(layout, variable, distribution):
     """The layout that a key of the layout map gives to a variable.
