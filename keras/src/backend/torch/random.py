@@ -75,10 +75,11 @@ def _batch(context):
     return batch
 
 
-def _ours(batch, size):
-    """Our part of what is drawn for a batch, None if `size` is not its rows."""
-    ours = rows_lib.with_a_row(batch.start, batch.start + batch.local)
-    return slice(*ours) if size == ours[1] - ours[0] else None
+def _local_rows(batch, size):
+    """A slice of what is drawn for a batch, None if `size` is not its local
+    rows."""
+    start, stop = rows_lib.with_a_row(batch.start, batch.start + batch.local)
+    return slice(start, stop) if size == stop - start else None
 
 
 def _for_all_rows(function):
@@ -95,10 +96,10 @@ def _for_all_rows(function):
             with modes_lib.drawing_initial_values():
                 return function(shape, *args, **kwargs)
         batch = _batch(context)
-        ours = batch and _ours(batch, shape[0])
-        if ours and not any(map(_is_of_rows, (*args, *kwargs.values()))):
+        local = batch and _local_rows(batch, shape[0])
+        if local and not any(map(_is_of_rows, (*args, *kwargs.values()))):
             shape = (batch.total, *shape[1:])
-            return function(shape, *args, **kwargs)[ours]
+            return function(shape, *args, **kwargs)[local]
         return function(shape, *args, **kwargs)
 
     return draw
@@ -128,31 +129,48 @@ def dropout(inputs, rate, noise_shape=None, seed=None):
         or type(inputs) is GlobalTensor
     ):
         return released_dropout(inputs, rate, noise_shape, seed)
-    batch = ours = None
+    batch = local = None
     if _draws_for_rows(context):
         batch = _batch(context)
-        ours = batch and _ours(batch, inputs.shape[0])
+        local = batch and _local_rows(batch, inputs.shape[0])
         if batch is None and _is_unseeded(seed) and noise_shape is None:
             # Torch's global generator must stay the same on all processes,
             # also where shards have different numbers of rows.
             seed = int(torch.randint(1 << 31, ()).item())
-    if not ours and not isinstance(inputs, DTensor):
+    if local:
+        draw = functools.partial(_mask_of_all_rows, batch, local)
+    elif isinstance(inputs, DTensor):
+        draw = _mask
+    else:
         return released_dropout(inputs, rate, noise_shape, seed)
-    # One mask for the whole activation, of which each process takes its part.
-    if isinstance(inputs, DTensor):
-        inputs = sharded.reduced(inputs)
-    shape = tuple(inputs.shape)
-    if ours:
+    if not isinstance(inputs, DTensor):
+        return inputs * draw(inputs, rate, noise_shape, seed)
+    inputs = sharded.reduced(inputs)
+    mask = draw(inputs, rate, noise_shape, seed)
+    return inputs * storage.shard(mask, inputs.device_mesh, inputs.placements)
+
+
+def _mask(like, rate, noise_shape, seed, rows=None):
+    """What one device multiplies an activation with.
+
+    Args:
+        like: the activation, plain or a DTensor, of the global shape.
+        rate, noise_shape, seed: as of `dropout`.
+        rows: optional int, how many rows it is of in place of those of `like`.
+    """
+    shape = tuple(like.shape)
+    if rows is not None:
         if noise_shape is not None and noise_shape[0] == shape[0]:
-            noise_shape = (batch.total, *noise_shape[1:])
-        shape = (batch.total, *shape[1:])
-    ones = torch.ones(shape, dtype=inputs.dtype, device=inputs.device)
-    mask = released_dropout(ones, rate, noise_shape, seed)
-    if ours:
-        mask = mask[ours]
-    if isinstance(inputs, DTensor):
-        mask = storage.shard(mask, inputs.device_mesh, inputs.placements)
-    return inputs * mask
+            noise_shape = (rows, *noise_shape[1:])
+        shape = (rows, *shape[1:])
+    ones = torch.ones(shape, dtype=like.dtype, device=like.device)
+    return released_dropout(ones, rate, noise_shape, seed)
+
+
+def _mask_of_all_rows(batch, local, like, rate, noise_shape, seed):
+    """As `_mask`: drawn for the global batch, of which `local` rows are
+    kept."""
+    return _mask(like, rate, noise_shape, seed, batch.total)[local]
 
 
 def _is_unseeded(seed):

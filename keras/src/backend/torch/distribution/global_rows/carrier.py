@@ -225,6 +225,11 @@ def is_rows(x):
     return type(x) is GlobalTensor and x.at is not None
 
 
+def is_global(x):
+    """Whether a tensor stands for one of all rows."""
+    return is_rows(x) or is_addend(x)
+
+
 def is_addend(x):
     """Whether a tensor holds our addend of a sum over data shards."""
     return type(x) is GlobalTensor and x.at is None and x.pending is None

@@ -1,5 +1,6 @@
 """Dense and EinsumDense on local shards."""
 
+import functools
 import string
 
 import torch
@@ -117,36 +118,55 @@ def _contract(layer, x, kernel, bias):
 
 
 def _bias(layer, context, placements, letters):
-    """The bias, cut as the output is."""
+    """The bias, cut as the output is.
+
+    Collective along the model axes where it is cut otherwise.
+    """
     if layer.bias is None:
         return None
-    bias, bias_placements = unshard.operand(
-        reading.read_stored(layer.bias), context
+    bias, held = unshard.operand(reading.read_stored(layer.bias), context)
+    steps = _bias_steps(
+        tuple(placements),
+        tuple(held),
+        len(letters.output),
+        tuple(layer.bias.shape),
     )
-    offset = len(letters.output) - len(layer.bias.shape)
-    wanted = []
-    for placement in placements:
-        dim = contraction.dim_of(placement)
-        own = None if dim is None else dim - offset
-        if own is not None and (own < 0 or layer.bias.shape[own] == 1):
-            own = None
-        wanted.append(own)
-    groups = [context.model_mesh.get_group(a) for a in range(len(placements))]
-    held = [contraction.dim_of(p) for p in bias_placements]
-    # What is gathered is gathered before another axis cuts the same dim.
-    for group, dim, own in zip(groups, held, wanted):
-        if dim is not None and dim != own:
-            bias = collectives.AllGather.apply(
-                bias, dim, layer.bias.shape[dim], group
-            )
-    for group, dim, own in zip(groups, held, wanted):
-        if own is not None and dim != own:
-            bias = collectives.Slice.apply(bias, own, group)
-    for group, placement, own in zip(groups, placements, wanted):
-        if placement.is_shard() and own is None:
-            # One bias for all parts of the output.
-            bias = collectives.AllReduceGradient.apply(bias, group)
+    for function, axis, arguments in steps:
+        group = context.model_mesh.get_group(axis)
+        bias = function.apply(bias, *arguments, group)
     return bias
+
+
+@functools.lru_cache(maxsize=4096)
+def _bias_steps(placements, held, ndim, shape):
+    """How a bias comes to be cut as an output is.
+
+    Args:
+        placements: those of the output, one for each axis of the model mesh.
+        held: those of the bias.
+        ndim: number of dims of the output, of which the bias has the last.
+        shape: of the bias.
+
+    Returns:
+        In order: an autograd function, the axis along which it acts, and what
+        it takes between the bias and the group of that axis.
+    """
+    offset = ndim - len(shape)
+    gathers, slices, sums = [], [], []
+    for axis, (placement, own) in enumerate(zip(placements, held)):
+        dim, own = contraction.dim_of(placement), contraction.dim_of(own)
+        wanted = None if dim is None else dim - offset
+        if wanted is not None and (wanted < 0 or shape[wanted] == 1):
+            wanted = None
+        if own is not None and own != wanted:
+            gathers.append((collectives.AllGather, axis, (own, shape[own])))
+        if wanted is not None and own != wanted:
+            slices.append((collectives.Slice, axis, (wanted,)))
+        if placement.is_shard() and wanted is None:
+            # One bias for all parts of the output.
+            sums.append((collectives.AllReduceGradient, axis, ()))
+    # What is gathered is gathered before another axis cuts the same dim.
+    return (*gathers, *slices, *sums)
 
 
 def layer_equation(layer):

@@ -39,9 +39,11 @@ QUESTIONS = frozenset(
     """
     __get__ __set__ __delete__ __len__ __hash__ __repr__ __format__ __dir__
     size dim ndimension stride numel nelement element_size get_device
-    is_floating_point is_complex is_contiguous is_signed is_inference is_tensor
-    storage_offset dim_order requires_grad_ retain_grad register_hook
-    register_post_accumulate_grad_hook
+    sym_numel sym_size sym_stride sym_storage_offset
+    is_floating_point is_complex is_conj is_contiguous is_inference is_neg
+    is_pinned is_set_to is_shared is_signed is_tensor
+    data_ptr storage_offset untyped_storage dim_order requires_grad_
+    retain_grad register_hook register_post_accumulate_grad_hook
     is_same_size result_type can_cast backward has_torch_function
     """.split()
 )

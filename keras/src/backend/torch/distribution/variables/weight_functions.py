@@ -25,14 +25,6 @@ from keras.src.backend.torch.distribution.variables import weight_sums
 # Attributes that hold numbers.
 NUMBERS = frozenset("T H mT mH real imag".split())
 
-QUESTIONS = operators.QUESTIONS - {"backward"} | frozenset(
-    """
-    data_ptr is_conj is_inference is_neg is_pinned is_set_to is_shared
-    names_ refine_names sym_numel sym_size sym_stride sym_storage_offset
-    untyped_storage
-    """.split()
-)
-
 # They ask another tensor for its shape alone, or a weight for its dtype.
 OF_A_SHAPE = frozenset("expand_as reshape_as view_as".split())
 NEW = frozenset("new_empty new_full new_ones new_tensor new_zeros".split())
@@ -53,12 +45,12 @@ def run(func, args, kwargs, dispatched=False):
     if name == "__get__":
         if getattr(func.__self__, "__name__", "") not in NUMBERS:
             return weight_entries.ask(func, args, kwargs)
-    elif name in QUESTIONS and not dispatched:
+    elif name == "backward":
+        return func(laid_out.whole(args[0]), *args[1:], **kwargs)
+    elif name in operators.QUESTIONS and not dispatched:
         return weight_entries.ask(func, args, kwargs)
     elif func is torch.autograd.grad:
         return gradients(*args, **kwargs)
-    elif name == "backward":
-        return func(laid_out.whole(args[0]), *args[1:], **kwargs)
     elif getattr(func, "__module__", "") == "torch.nn.init":
         # They name their target, and write without autograd.
         named = {key: x for key, x in kwargs.items() if key != "tensor"}

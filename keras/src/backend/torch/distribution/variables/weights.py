@@ -17,6 +17,7 @@ from keras.src.backend.torch.distribution.variables import weight_entries
 from keras.src.backend.torch.distribution.variables import weight_functions
 
 PRINTED = {"__repr__", "__format__"}
+ASKED_OF_VIEWS = operators.QUESTIONS - PRINTED - {"backward"}
 DETACH = torch.ops.aten.detach.default
 
 
@@ -214,7 +215,7 @@ class View(torch.Tensor):
         if leaves_to(types):
             return NotImplemented
         name = operators.name_of(func)
-        if name in weight_functions.QUESTIONS - PRINTED:
+        if name in ASKED_OF_VIEWS:
             with as_torch_has_it():
                 return func(*args, **(kwargs or {}))
         target = args[0] if args else None
