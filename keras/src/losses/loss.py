@@ -49,7 +49,7 @@ def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
             processes.share_of_sum(ops.sum(sample_weight), values.dtype),
         )
     if reduction in MEANS and not values.shape[0]:
-        return ops.sum(values)  # No row of ours: zero, that has a gradient.
+        return ops.sum(values)  # No local row: zero, that has a gradient.
     return released_reduce_values(values, sample_weight, reduction)
 
 

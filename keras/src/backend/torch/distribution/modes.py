@@ -32,7 +32,7 @@ class Shows(enum.Enum):
 class _Modes(threading.local):
     # Threads: autograd may run a layer again (activation checkpointing).
     step = None  # the `borders.Step` in which code sees the global batch
-    known = False  # code that knows about rows is handed ours
+    known = False  # code that knows about rows is handed local ones
     calls = 0  # layer calls under way
     layer = None  # the innermost of them
     on_shards = False  # torch functions are handed shards: see `operators`
@@ -97,7 +97,7 @@ def on_global_batch(step):
 
 
 def on_local_rows():
-    """Within it, code that knows about rows is handed ours."""
+    """Within it, code that knows about rows is handed local ones."""
     return _set(known=True)
 
 

@@ -58,7 +58,7 @@ def share_of_sum(x, dtype):
     context = current()
     share = rows.share(context)
     total = x.detach().float()
-    # Without rows of ours, what we computed on is not ours to count.
+    # A process without rows computes on a stand-in, which does not count.
     total = collectives.weighted(total, float(share > 0)).clone()
     dist.all_reduce(total, group=context.data_group)
     return (total * share).to(dtype)

@@ -157,10 +157,10 @@ def _statistics(x, weight, context):
         x = _wide(x)
         variance, mean = torch.var_mean(x, _dims(x), correction=0)
         share = torch.full_like(mean[:1], weight)
-        ours = torch.cat([mean, variance, share])
-        # What we computed on is not ours to count if we have no rows.
-        ours = ours if weight else torch.zeros_like(ours)
-        shards = collectives.gather_each(ours, context.data_group)
+        own = torch.cat([mean, variance, share])
+        # What is computed without rows does not count.
+        own = own if weight else torch.zeros_like(own)
+        shards = collectives.gather_each(own, context.data_group)
         means, variances, shares = shards.split(
             [x.shape[1], x.shape[1], 1], dim=1
         )

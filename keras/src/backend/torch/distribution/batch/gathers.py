@@ -64,7 +64,7 @@ class GatherForLoss(torch.autograd.Function):
         )
         if ctx.rows.local:
             return ctx.rows.cut(grad, 0), None
-        # Without rows of ours it is zero, for what we computed on instead.
+        # Without rows it is zero, for what was computed on instead.
         return grad[: ctx.size] * 0, None
 
 

@@ -46,7 +46,7 @@ def write_back(x):
 
 
 def write(x, y):
-    """Puts all rows where ours are."""
+    """Puts our part of all rows where local rows are."""
     new = carrier.part_of(y, x.rows) if x.at is None else x.rows.cut(y, x.at)
     x.local.copy_(new)
 

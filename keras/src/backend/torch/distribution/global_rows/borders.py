@@ -215,7 +215,7 @@ def call_loss(loss, function, y_true, y_pred, sample_weight):
     if value.ndim:
         return carrier.from_local(value, rows)
     if not rows.local:
-        # What we computed on is not ours to count.
+        # What is computed without rows does not count.
         value = torch.nan_to_num(value, 0.0, 0.0, 0.0)
     return carrier.addend(value * rows.share, modes.step.shards)
 
@@ -251,7 +251,7 @@ def call_metric(metric, function, args, kwargs):
             before = {id(v): v.value.clone() for v in metric.variables}
         result = function(*args, **kwargs)
         if not rows.local:
-            # What we computed on is not ours to count.
+            # What is computed without rows does not count.
             for v in metric.variables:
                 v.assign(before.get(id(v), torch.zeros_like(v.value)))
         return result
@@ -292,13 +292,13 @@ def batch_of(data, context):
 
     Collective along the data axis if the data holds rows elsewhere.
     """
-    ours = rows_of(data)
-    if ours is None:
+    batch_rows = rows_of(data)
+    if batch_rows is None:
         return rows_lib.cut(data, context)
-    rows = rows_lib.Rows(ours.with_entries(1).counts, ours.index)
-    rows = rows.with_entries(ours.entries)
+    rows = rows_lib.Rows(batch_rows.with_entries(1).counts, batch_rows.index)
+    rows = rows.with_entries(batch_rows.entries)
     data = tree.map_structure(
-        lambda x: None if x is None else local_rows(x, ours), data
+        lambda x: None if x is None else local_rows(x, batch_rows), data
     )
     return rows_lib.Batch(data, rows)
 
@@ -309,7 +309,7 @@ def leave(outputs, gathers):
     Collective along the data axis.
 
     Args:
-        gathers: whether all rows are returned, or ours.
+        gathers: whether all rows are returned, or local ones.
     """
 
     def leave(x):

@@ -50,7 +50,7 @@ class Sum(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """All rows in a dim, from ours; backward: local rows of the sum.
+    """All rows in a dim, from local ones; backward: local rows of the sum.
 
     Collective, forward and backward: every process of `rows.group`.
     """
@@ -69,7 +69,7 @@ class Gather(torch.autograd.Function):
 
 
 def gathered(x, dim, rows):
-    """All rows in a dim, from ours, without autograd.
+    """All rows in a dim, from local ones, without autograd.
 
     Collective: every process of `rows.group` calls it.
     """
@@ -85,7 +85,7 @@ class GlobalTensor(torch.Tensor):
 
     Attributes:
         local: tensor with local rows, or our addend; plain, or a DTensor of the
-            model mesh. Without rows of ours it has none.
+            model mesh. A process without rows has none.
         at: the dim of the rows, None for an addend.
         rows: `rows.Rows`.
     """
@@ -383,7 +383,7 @@ def map_tensors(function, structure):
 
 def with_a_row(x, rows):
     """Local rows, or one that is nobody's where we have none: much code fails
-    on no rows. Autograd sees it as made of ours."""
+    on no rows. Autograd sees it as made of local rows."""
     if rows.local:
         return x
     row = (1, *x.shape[1:])

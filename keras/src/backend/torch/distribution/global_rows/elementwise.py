@@ -154,8 +154,8 @@ def _elementwise(func, args, kwargs):
     y = func(*args, **kwargs)
     if y is NotImplemented:  # Python's operators, of what they cannot take.
         return y
-    for x, ours in zip(operands, local):
-        if y is ours and type(x) is GlobalTensor:  # `inplace=True`
+    for x, own in zip(operands, local):
+        if y is own and type(x) is GlobalTensor:  # `inplace=True`
             aliases.written_into(x)
             return x
     return GlobalTensor(y, dim, rows)

@@ -41,7 +41,7 @@ def attribute(func, args, kwargs):
     name = func.__self__.__name__
     x = args[0]
     if name == "data" and carrier.is_global(x):
-        # Not `data` of ours: what was gathered must know of writes into it.
+        # Not that of local rows: what was gathered must know of writes.
         return GlobalTensor(x.local.detach(), x.at, x.rows)
     if name == "nbytes":
         return x.numel() * x.dtype.itemsize

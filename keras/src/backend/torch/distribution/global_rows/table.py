@@ -1,7 +1,7 @@
 """What a torch function does when it is handed the global batch.
 
 Of each function that is in here a rule tells on which arguments, and which dims
-of rows, it gives local rows of what one device computes if it runs on ours. In
+of rows, it gives local rows of what one device computes if it runs on these. In
 all other cases, and for all other functions, it runs on all rows, gathered. So
 what is missing costs time, never a number; what is here is proven by a test,
 function by function (`table_test`).
@@ -131,7 +131,7 @@ def _in_place_on_all_rows(func, args, kwargs):
     def enter(x):
         if type(x) is not GlobalTensor:
             return x
-        # A copy of ours: autograd may need what was gathered.
+        # A copy of our part: autograd may need what was gathered.
         y = whole(x).clone()
         targets.append((x, y, y._version))
         return y

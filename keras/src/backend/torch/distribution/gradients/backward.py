@@ -1,5 +1,6 @@
 """One backward pass: what it meets, reduces and writes."""
 
+import dataclasses
 import weakref
 
 import torch
@@ -37,32 +38,47 @@ class Share:
         return total
 
 
+@dataclasses.dataclass
+class Arrived:
+    """A gradient that this pass has met.
+
+    Attributes:
+        kept: what `.grad` had of earlier passes, or None. It has been reduced:
+            only the new part is to be.
+        new: the gradient of this process, None once its bucket has it.
+    """
+
+    kept: torch.Tensor | None
+    new: torch.Tensor | None = None
+
+
 class Pass:
     """One backward pass: of `backward()`, which accumulates gradients into
-    `.grad`, or of `grad()`, which returns them."""
+    `.grad`, or of `grad()`, which returns them.
+
+    Attributes:
+        reducer: the `Reducer`.
+        weight: float, of our rows among those of all data shards.
+        differentiable: whether what is reduced is differentiated again.
+        defers: whether gradients are left local.
+        accumulates: whether a gradient has been accumulated: `backward()` runs.
+        schedule: the `buckets.Schedule` of what is predicted to arrive.
+        arrived: dict from numbers of parameters to `Arrived`.
+        returned: dict from numbers to weak references to what `grad()` returns.
+        reduced: dict from numbers to reduced gradients.
+    """
 
     def __init__(self, reducer):
         self.reducer = reducer
         self.weight = rows.weight(reducer.context)
-        # With `create_graph=True`, autograd runs hooks under grad mode.
+        # With `create_graph=True`, autograd runs hooks under grad mode, and
+        # gradients are used at once.
         self.differentiable = torch.is_grad_enabled()
-        self.accumulates = False
-        self.kept = {}  # number -> gradient of earlier passes
-        self.grads = {}  # number -> local gradient, until its bucket starts
-        self.returned = {}  # number -> weak reference to what `grad()` returns
-        self.reached = set()
-        # With `create_graph=True` gradients are used at once.
         self.defers = reducer.defers and not self.differentiable
+        self.accumulates = False
         numbers = () if self.defers else reducer.predict()
-        self.buckets = reducer.plan(numbers)
-        self.bucket_of = {
-            number: bucket
-            for bucket in self.buckets
-            for number in bucket.numbers
-        }
-        self.missing = {id(b): len(b.numbers) for b in self.buckets}
-        self.started = 0
-        self.reduced = {}  # number -> reduced gradient
+        self.schedule = buckets.Schedule(reducer.plan(numbers))
+        self.arrived, self.returned, self.reduced = {}, {}, {}
 
     def arrive(self, number, parameter, grad):
         """A gradient, before it is accumulated or returned.
@@ -70,10 +86,9 @@ class Pass:
         Returns:
             What stands for it from here on, None for itself.
         """
-        self.reached.add(number)
-        # What earlier passes left has been reduced: only the new part is.
+        arrived = self.arrived.setdefault(number, Arrived(None))
         if parameter.grad is not None:
-            self.kept[number] = parameter.grad
+            arrived.kept = parameter.grad
             parameter.grad = None
         laid_out = _laid_out(grad, parameter)
         if self.accumulates:
@@ -82,7 +97,7 @@ class Pass:
         # accumulated. `grad()` returns this very copy: into it goes, at the
         # end, what was reduced.
         copy = laid_out.clone()
-        self.grads[number] = laid_out
+        arrived.new = laid_out
         self.returned[number] = weakref.ref(copy)
         return copy
 
@@ -90,24 +105,17 @@ class Pass:
         """A gradient that has been accumulated."""
         self.accumulates = True
         self.returned.pop(number, None)
-        self.grads[number] = parameter.grad
-        bucket = self.bucket_of.get(number)
-        if bucket is None:
-            return
-        self.missing[id(bucket)] -= 1
-        while (
-            self.started < len(self.buckets)
-            and not self.missing[id(self.buckets[self.started])]
-        ):
-            self._start(self.buckets[self.started])
-            self.started += 1
+        self.arrived[number].new = parameter.grad
+        for bucket in self.schedule.fill(number):
+            self._start(bucket)
 
     def _start(self, bucket):
-        grads = {
-            number: self._local(self.grads.pop(number))
-            for number in bucket.numbers
-            if number in self.grads
-        }
+        grads = {}
+        for number in bucket.numbers:
+            arrived = self.arrived.get(number)
+            if arrived is not None and arrived.new is not None:
+                grads[number] = self._local(arrived.new)
+                arrived.new = None
         owed = {n: self._owed(n) for n in bucket.numbers}
         arguments = grads, self.weight, self.reducer.context.data_group, owed
         if self.differentiable:
@@ -145,27 +153,36 @@ class Pass:
         if share is None:
             return None
         parameter = self.reducer.parameter(number)
-        grad = self.kept.get(
-            number, None if parameter is None else parameter.grad
-        )
+        grad = None if parameter is None else self._kept(number, parameter)
         return share if grad is not None and share.total() is grad else None
 
+    def _kept(self, number, parameter):
+        """What `.grad` had before this pass, or has still."""
+        arrived = self.arrived.get(number)
+        if arrived is None or arrived.kept is None:
+            return parameter.grad
+        return arrived.kept
+
     def finish(self):
+        """Reduces what has not been, and writes it where the program reads it.
+
+        Collective, but where gradients are left local: every process of the
+        data axis calls it at the end of a pass.
+        """
         reducer = self.reducer
         if self.defers and not self.returned:
             with torch.no_grad():
                 self._leave_local()
             return
-        for bucket in self.buckets[self.started :]:
+        for bucket in self.schedule.rest():
             self._start(bucket)
         replaced = [n for n, copy in self.returned.items() if copy() is None]
-        reached, error = reducer.agree(self.reached, self.returned, replaced)
-        surprises = [n for n in reached if n not in self.bucket_of]
-        extra = reducer.buckets(surprises)
-        for bucket in extra:
+        reached, error = reducer.agree(self.arrived, self.returned, replaced)
+        surprises = [n for n in reached if n not in self.schedule]
+        for bucket in self.schedule.rest(reducer.buckets(surprises)):
             self._start(bucket)
         if not self.differentiable:
-            for bucket in (*self.buckets, *extra):
+            for bucket in self.schedule.started:
                 self.reduced.update(bucket.finish())
         with torch.set_grad_enabled(self.differentiable):
             self._write(set(reached))
@@ -179,7 +196,7 @@ class Pass:
             if parameter is None:
                 continue
             # What this pass did not reach here has kept its gradient.
-            kept = self.kept.get(number, parameter.grad)
+            kept = self._kept(number, parameter)
             if number not in reached or self.returned:
                 parameter.grad = kept
             else:
@@ -196,10 +213,12 @@ class Pass:
                 copy.copy_(self._like(reduced, parameter))
 
     def _leave_local(self):
-        for number, grad in self.grads.items():
+        for number, arrived in self.arrived.items():
+            if arrived.new is None:
+                continue
             parameter = self.reducer.parameter(number)
-            local = collectives.weighted(self._local(grad), self.weight)
-            reduced, share = self.kept.get(number), self._share(number)
+            local = collectives.weighted(self._local(arrived.new), self.weight)
+            reduced, share = arrived.kept, self._share(number)
             if share is not None:
                 reduced, local = share.reduced, share.local + local
             total = self._like(local, parameter)

@@ -1,5 +1,6 @@
 """Buckets: gradients that one collective reduces, in one flat buffer."""
 
+import collections
 import copy
 
 import torch
@@ -86,6 +87,44 @@ class Bucket:
         pieces = self.buffer.split(self.sizes)
         for number, piece, shape in zip(self.numbers, pieces, self.shapes):
             yield number, piece.view(shape)
+
+
+class Schedule:
+    """Buckets in the order in which all processes reduce them, each as soon as
+    it, and all before it, are full.
+
+    Attributes:
+        started: list of the buckets that have been handed out.
+    """
+
+    def __init__(self, buckets):
+        self.started = []
+        self._waiting = collections.deque(buckets)
+        self._bucket_of = {
+            n: bucket for bucket in buckets for n in bucket.numbers
+        }
+        self._missing = {id(bucket): len(bucket.numbers) for bucket in buckets}
+
+    def __contains__(self, number):
+        return number in self._bucket_of
+
+    def fill(self, number):
+        """Takes note of a gradient, and yields the buckets to start now."""
+        if number not in self:
+            return
+        self._missing[id(self._bucket_of[number])] -= 1
+        while self._waiting and not self._missing[id(self._waiting[0])]:
+            yield self._next()
+
+    def rest(self, surprises=()):
+        """Yields the buckets that are left, and then others."""
+        self._waiting.extend(surprises)
+        while self._waiting:
+            yield self._next()
+
+    def _next(self):
+        self.started.append(self._waiting.popleft())
+        return self.started[-1]
 
 
 def reduce(bucket, grads, weight, group, owed=None):

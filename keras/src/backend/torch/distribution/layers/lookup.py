@@ -78,14 +78,14 @@ def look_up(layer, indices, context):
             sums.append(axis)
             placements.append(Replicate())
     if sums:
-        ours = (indices >= start) & (indices < start + size)
+        is_local = (indices >= start) & (indices < start + size)
         outside = (indices < 0) | (indices >= vocabulary)
         # An index of nobody stays wrong for everybody, and is reported.
-        local = torch.where(ours, indices - start, outside * vocabulary)
+        local = torch.where(is_local, indices - start, outside * vocabulary)
         if not size:
             table = torch.nn.functional.pad(table, (0, 0, 0, 1))
         vectors = torch.nn.functional.embedding(local, table)
-        vectors = vectors.masked_fill(~ours.unsqueeze(-1), 0.0)
+        vectors = vectors.masked_fill(~is_local.unsqueeze(-1), 0.0)
     else:
         vectors = torch.nn.functional.embedding(indices, table)
     if vectors.dtype != _compute_dtype(layer):

@@ -3,7 +3,7 @@
 - `process_group`: how they find each other, and part again;
 - `torch_mesh`, `cuts`: the mesh, and the order in which its axes cut a dim;
 - `context`: what the current distribution means for this process;
-- `rows`: which rows of a batch are ours, and what they weigh;
+- `rows`: which rows of a batch are local, and what they weigh;
 - `agreement`, `configuration`: what must be equal, and whether it is;
 - `together`: work that may fail on one of them;
 - `watch`: who waits for whom;

@@ -86,7 +86,7 @@ class Context:
     Attributes:
         mesh: torch mesh of all axes.
         data_axis: index in `mesh` of the axis that batches are split over.
-        data_size, data_index: number of data shards, and which one is ours.
+        data_size, data_index: number of data shards, and that of this process.
         data_group: process group along the data axis, None if of size 1.
         data_ranks: ranks of the processes of that group, in its order.
         model_axes: indices in `mesh` of the other axes of size > 1.

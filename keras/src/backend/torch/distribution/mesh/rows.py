@@ -1,4 +1,4 @@
-"""Rows of a batch: which are ours, and what they weigh.
+"""Rows of a batch: which are local, and what they weigh.
 
 A loss or a regulariser on a data shard is a mean over local rows. The global
 value is the mean over data shards, weighted with their share of the rows: the
@@ -25,7 +25,7 @@ class Rows:
 
     Args:
         counts: tuple of ints, the rows of each data shard, in order.
-        index: int, which data shard is ours.
+        index: int, the data shard of this process.
         entries: int, how many entries of a dim belong to one row.
 
     Attributes:
@@ -145,7 +145,7 @@ def share(context):
 
 
 def has_rows():
-    """Whether what is computed on now is ours, and counts."""
+    """Whether this process has rows, so that what it computes counts."""
     rows = _current[0]
     return rows is None or bool(rows.local)
 
@@ -190,7 +190,7 @@ def cut(data, context):
         return Batch(data, split_evenly(total, 1, 0))
     start, stop = split(total, context.data_size, context.data_index)
 
-    def ours(x):
+    def local_of(x):
         if x is None:
             return None
         if not len(x.shape) or x.shape[0] != total:
@@ -204,7 +204,7 @@ def cut(data, context):
 
     rows = split_evenly(total, context.data_size, context.data_index)
     start, stop = with_a_row(start, stop)
-    return Batch(tree.map_structure(ours, data), rows)
+    return Batch(tree.map_structure(local_of, data), rows)
 
 
 def with_a_row(start, stop):

@@ -71,7 +71,7 @@ def attend(released, tensors, bias, mask, args, kwargs):
 def _attend_rows(released, tensors, bias, mask, args, kwargs):
     rows = tensors[0].rows
 
-    def ours(x):
+    def local_of(x):
         if x is not None and x.ndim == 4 and x.shape[0] > 1:
             return borders.local_rows(x, rows)
         return whole_rows(x)
@@ -80,7 +80,7 @@ def _attend_rows(released, tensors, bias, mask, args, kwargs):
         return attend(released, (query, key, value), bias, mask, args, kwargs)
 
     return borders.on_rows_of(
-        attend_local, *tensors, ours(bias), ours(mask), tensors=3
+        attend_local, *tensors, local_of(bias), local_of(mask), tensors=3
     )
 
 

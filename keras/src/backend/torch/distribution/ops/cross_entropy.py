@@ -73,29 +73,29 @@ class _CrossEntropy(torch.autograd.Function):
         largest = logits.amax(1) if width else logits.new_full((rows,), -1e30)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         exponentials = torch.exp(logits - largest.unsqueeze(1))
-        ours = (target >= start) & (target < start + width)
-        index = torch.where(ours, target - start, 0)
+        is_local = (target >= start) & (target < start + width)
+        index = torch.where(is_local, target - start, 0)
         sums = logits.new_zeros((2, rows))
         torch.sum(exponentials, 1, out=sums[0])
         if width:
             at_target = logits.gather(1, index.unsqueeze(1)).squeeze(1)
-            sums[1] = torch.where(ours, at_target - largest, 0.0)
+            sums[1] = torch.where(is_local, at_target - largest, 0.0)
         dist.all_reduce(sums, group=group)
         valid = target != IGNORED
-        ctx.save_for_backward(exponentials, sums[0], index, ours, valid)
+        ctx.save_for_backward(exponentials, sums[0], index, is_local, valid)
         return torch.where(valid, sums[0].log() - sums[1], 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         # d/dz_j = softmax_j - [j is the target]
-        exponentials, total, index, ours, valid = ctx.saved_tensors
+        exponentials, total, index, is_local, valid = ctx.saved_tensors
         grad = torch.where(valid, collectives.whole_gradient(grad), 0.0)
         result = exponentials * (grad / total).unsqueeze(1)
         if result.shape[1]:
             result.scatter_add_(
                 1,
                 index.unsqueeze(1),
-                torch.where(ours, -grad, 0.0).unsqueeze(1),
+                torch.where(is_local, -grad, 0.0).unsqueeze(1),
             )
         return result, None, None, None

@@ -80,10 +80,13 @@ def gather_into(result, x, group):
         x: tensor, of one shape and dtype on all processes.
         group: the process group.
     """
-    theirs, ours = result.view(-1), x.contiguous().view(-1)
+    all_shards, local = result.view(-1), x.contiguous().view(-1)
     if x.dtype not in SENT:
-        theirs, ours = theirs.view(torch.uint8), ours.view(torch.uint8)
-    dist.all_gather_single(theirs, ours, group=group)
+        all_shards, local = (
+            all_shards.view(torch.uint8),
+            local.view(torch.uint8),
+        )
+    dist.all_gather_single(all_shards, local, group=group)
 
 
 def all_gather(x, dim, size, group):
@@ -246,8 +249,8 @@ class SumOverData(torch.autograd.Function):
     Forward: all-reduce; what a shard without rows computed on is not its own,
     and does not count. Backward: a gradient on shard i belongs to the loss of
     shard i, which counts with weight_i, and leaves here for gradients that are
-    going to be weighted with ours: (sum of weight_i * gradient_i) / (our
-    weight).
+    going to be weighted with that of this shard: (sum of weight_i *
+    gradient_i) / (our weight).
     """
 
     @staticmethod

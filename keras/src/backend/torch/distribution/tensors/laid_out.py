@@ -150,14 +150,23 @@ def whole(x):
         layout = layout_of(x)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return gathered(x)
-        local = Local.apply(x)
-        for dim, axis, size in reversed(levels(layout)):
+        return gather_shards(Local.apply(x), layout).contiguous()
+
+
+def gather_shards(local, layout):
+    """The whole of what a layout cuts, from our shard, for autograd to
+    differentiate.
+
+    Collective along the axes that cut it.
+    """
+    # The axis that cuts a dim finest is undone first.
+    for dim, axis, size in reversed(levels(layout)):
+        if axis == layout.data_axis:
+            local = GatherOverData.apply(local, dim, size, layout.context)
+        else:
             group = layout.mesh.get_group(axis)
-            if axis == layout.data_axis:
-                local = GatherOverData.apply(local, dim, size, layout.context)
-            else:
-                local = collectives.AllGather.apply(local, dim, size, group)
-        return local.contiguous()
+            local = collectives.AllGather.apply(local, dim, size, group)
+    return local
 
 
 def gathered(x):

@@ -275,16 +275,16 @@ class _OurRows(torch.utils.data.Dataset):
     def __getitems__(self, indices):
         indices = list(indices)
         start, stop = rows.split(len(indices), *self._shard)
-        ours = rows.split_evenly(len(indices), *self._shard)
+        local_rows = rows.split_evenly(len(indices), *self._shard)
         part = slice(*rows.with_a_row(start, stop))
         if self._draws is False:
             read = self._read_quietly if self._is_watched else self._read
-            return read(indices[part]), ours, _facts_of(indices)
+            return read(indices[part]), local_rows, _facts_of(indices)
         before = _random_states()
         samples = self._read(indices)[part]
         if self._draws is None:
             self.__dict__["_draws"] = _random_states() != before
-        return samples, ours, _facts_of(indices)
+        return samples, local_rows, _facts_of(indices)
 
     def _read_quietly(self, indices):
         before = _random_states()
@@ -327,8 +327,8 @@ def _random_states():
 
 
 def _collate(collate, read):
-    samples, ours, facts = read
-    return rows.Batch(collate(samples), ours, facts)
+    samples, local_rows, facts = read
+    return rows.Batch(collate(samples), local_rows, facts)
 
 
 def _facts_of(indices):
@@ -394,5 +394,5 @@ def to_batch(data, context):
         return _cut(data, context)
     local = rows.count(data)
     if outer is not None and not outer.local:
-        local = 0  # Without rows of ours, what we compute on is not ours.
+        local = 0  # What is computed without rows does not count.
     return rows.Batch(data, rows.agree(local, context))

@@ -11,9 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.common import global_state
-from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh.context import logger
-from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import weights
@@ -93,15 +91,16 @@ def shard(value, mesh, placements):
         placements: one for each axis of `mesh`. Where it is `Partial`, the
             first process of the axis has the value, the others zero.
     """
-    local = value
-    for dim, axis in cuts.from_placements(tuple(placements), tuple(mesh.shape)):
-        local = collectives.shard_of(local, dim, mesh.get_group(axis))
+    layout = laid_out.Layout(
+        DTensor, mesh, tuple(placements), tuple(value.shape)
+    )
+    local = laid_out.cut(value, layout)
     # A copy: a view would keep the whole alive, or share its memory.
     local = local.detach().clone(memory_format=torch.contiguous_format)
     for axis, placement in enumerate(placements):
         if placement.is_partial() and mesh.get_local_rank(axis):
             local.zero_()
-    return sharded.wrap(local, mesh, placements, tuple(value.shape))
+    return layout.wrap(local)
 
 
 def parameter(value, context, placements, trainable):

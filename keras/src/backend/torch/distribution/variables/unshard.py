@@ -128,11 +128,7 @@ def gather_model_axes(local, placements, shape, context):
 
     Collective along the model axes that cut it.
     """
-    value = sharded.wrap(
-        local.detach(), context.model_mesh, placements, tuple(shape)
+    layout = laid_out.Layout(
+        DTensor, context.model_mesh, tuple(placements), tuple(shape)
     )
-    # The axis that cuts a dim finest is undone first.
-    for dim, axis, size in reversed(laid_out.levels(value)):
-        group = context.model_mesh.get_group(axis)
-        local = collectives.AllGather.apply(local, dim, size, group)
-    return local
+    return laid_out.gather_shards(local, layout)
