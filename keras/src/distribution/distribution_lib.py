@@ -1,12 +1,19 @@
-"""Overlay: the distribution API finds its torch backend here."""
+"""Overlay: the distribution API finds its torch backend here.
+
+It is for all backends: another one does with it what it does with Keras's own.
+"""
 
 import re
 import warnings
 
-# In Keras's own tree it is `keras.src.backend.distribution_lib`, which released
-# Keras sets to None on torch.
-from keras.src.backend.torch import distribution_lib
+from keras.src import backend
 from keras.src.distribution import distribution_lib as upstream
+
+if backend.backend() == "torch":
+    # Released Keras sets `keras.src.backend.distribution_lib` to None there.
+    from keras.src.backend.torch import distribution_lib
+else:
+    from keras.src.backend import distribution_lib
 
 __all__ = [
     "DataParallel",
@@ -18,6 +25,10 @@ __all__ = [
     "distribution_lib",
     "set_distribution",
 ]
+
+# On torch each device has a process, which cuts the batches it is handed and
+# prepares what a distribution needs. Other backends do neither.
+HAS_A_PROCESS_A_DEVICE = hasattr(distribution_lib, "activate")
 
 released_set_distribution = upstream.set_distribution
 
@@ -151,6 +162,8 @@ class Distribution(upstream.Distribution):
 
         Whichever axis that is: processes are numbered by the whole mesh.
         """
+        if not HAS_A_PROCESS_A_DEVICE:
+            return super().data_shard_id
         if self.num_processes == 1:
             return 0
         mesh = self.device_mesh.backend_mesh
@@ -162,6 +175,8 @@ class Distribution(upstream.Distribution):
         return DataLayout(layout.axes, layout.device_mesh)
 
     def distribute_dataset(self, dataset):
+        if not HAS_A_PROCESS_A_DEVICE:
+            return super().distribute_dataset(dataset)
         # `fit` cuts the batches of any source itself.
         return dataset
 
@@ -170,7 +185,8 @@ class Distribution(upstream.Distribution):
 
         Collective the first time: every process calls it.
         """
-        distribution_lib.activate(self)
+        if HAS_A_PROCESS_A_DEVICE:
+            distribution_lib.activate(self)
 
 
 class DataParallel(Distribution, upstream.DataParallel):
@@ -206,7 +222,8 @@ class ModelParallel(Distribution, upstream.ModelParallel):
 
     def parallelize(self, layer):
         """Gives a layer that was just built the style of its variables."""
-        distribution_lib.parallelize_layer(layer, self, self._layout_map)
+        if HAS_A_PROCESS_A_DEVICE:
+            distribution_lib.parallelize_layer(layer, self, self._layout_map)
 
     def get_variable_layout(self, variable):
         layout = self._layout_map.use(variable.path)
@@ -261,4 +278,5 @@ def set_distribution(value):
     if hasattr(value, "activate"):
         value.activate()
     released_set_distribution(value)
-    distribution_lib.distribution_was_set(value)
+    if HAS_A_PROCESS_A_DEVICE:
+        distribution_lib.distribution_was_set(value)
