@@ -18,7 +18,9 @@ ONCE = "looks for a message that process 0 alone says, on all of them"
 ROWS = "fits a batch of arrays of other rows, which all say can not be split"
 ROUNDING = "convolves fewer rows at a time: 82 of 335,916 sums round by 3e-6"
 WRITES = "writes on every process into the file that process 0 has saved"
-EARLY = "looks that a folder is not there, which process 0 may have made by then"
+EARLY = "looks that a folder is not there, which process 0 may have made"
+    "looks that a folder is not there, which process 0 may have made by then"
+)
 WHOLE = "a save that fails leaves no file: what is saved appears at once, whole"
 
 # From a pattern of test ids (`fnmatch`) to the distributions and the reason.
