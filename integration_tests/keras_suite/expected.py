@@ -19,8 +19,7 @@ ROWS = "fits a batch of arrays of other rows, which all say can not be split"
 ROUNDING = "convolves fewer rows at a time: 82 of 335,916 sums round by 3e-6"
 WRITES = "writes on every process into the file that process 0 has saved"
 EARLY = "looks that a folder is not there, which process 0 may have made"
-    "looks that a folder is not there, which process 0 may have made by then"
-)
+PRIVATE = "saves by Keras, into a folder that each process has for itself"
 WHOLE = "a save that fails leaves no file: what is saved appears at once, whole"
 
 # From a pattern of test ids (`fnmatch`) to the distributions and the reason.
@@ -40,6 +39,14 @@ EXPECTED = {
     ),
     "*/legacy_h5_format_test.py::DirectoryCreationTest::*": (BOTH, EARLY),
     "*/file_editor_test.py::*::test_rejects_*": (BOTH, WRITES),
+    "*/saving_api_test.py::*::test_load_weights_rejects_h5_external_link": (
+        BOTH,
+        WRITES,
+    ),
+    "*/saving_lib_test.py::SafeZip*::test_load_model_rejects_*bomb*": (
+        BOTH,
+        PRIVATE,
+    ),
     "*/saving_lib_test.py::*::test_load_weights_rejects_shape_bomb": (
         BOTH,
         WRITES,
