@@ -3,6 +3,7 @@
 It is for all backends: another one does with it what it does with Keras's own.
 """
 
+import math
 import re
 import warnings
 
@@ -157,18 +158,37 @@ class Distribution(upstream.Distribution):
     draw_global_batch = False
 
     @property
+    def batch_axis_names(self):
+        """Tuple of the names of the axes that batches are split over."""
+        names = self.batch_dim_name
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    @property
+    def num_model_replicas(self):
+        """Number of data shards."""
+        names = list(self.device_mesh.axis_names)
+        return math.prod(
+            int(self.device_mesh.shape[names.index(name)])
+            for name in self.batch_axis_names
+        )
+
+    @property
     def data_shard_id(self):
         """Coordinate of this process on the axis that batches are split over.
 
-        Whichever axis that is: processes are numbered by the whole mesh.
+        Whichever axis that is: processes are numbered by the whole mesh. Of
+        several axes, the coordinate on the first counts most.
         """
         if not HAS_A_PROCESS_A_DEVICE:
             return super().data_shard_id
+        index = 0
         if self.num_processes == 1:
-            return 0
+            return index
         mesh = self.device_mesh.backend_mesh
-        axis = list(self.device_mesh.axis_names).index(self.batch_dim_name)
-        return mesh.get_local_rank(axis)
+        for name in self.batch_axis_names:
+            axis = list(self.device_mesh.axis_names).index(name)
+            index = index * mesh.size(axis) + mesh.get_local_rank(axis)
+        return index
 
     def get_data_layout(self, data_shape):
         layout = super().get_data_layout(data_shape)
@@ -192,23 +212,19 @@ class Distribution(upstream.Distribution):
 class DataParallel(Distribution, upstream.DataParallel):
     __doc__ = upstream.DataParallel.__doc__
 
-    @property
-    def num_model_replicas(self):
-        axis = list(self.device_mesh.axis_names).index(self.batch_dim_name)
-        return self.device_mesh.shape[axis]
-
 
 class ModelParallel(Distribution, upstream.ModelParallel):
-    __doc__ = upstream.ModelParallel.__doc__
+    __doc__ = (upstream.ModelParallel.__doc__ or "").replace(
+        "(of the `layout_map` object)\n",
+        "(of the `layout_map` object), or a tuple of names in the order of\n"
+        "            the mesh, of which the first splits rows first,\n",
+    )
 
     def __init__(self, *, layout_map=None, batch_dim_name=None, **kwargs):
         if batch_dim_name and isinstance(layout_map, upstream.LayoutMap):
-            names = list(layout_map.device_mesh.axis_names)
-            if batch_dim_name not in names:
-                raise ValueError(
-                    "`batch_dim_name` must name an axis of the mesh. Received: "
-                    f"batch_dim_name='{batch_dim_name}', mesh axes={names}"
-                )
+            batch_dim_name = _batch_axes(
+                batch_dim_name, list(layout_map.device_mesh.axis_names)
+            )
         super().__init__(
             layout_map=layout_map, batch_dim_name=batch_dim_name, **kwargs
         )
@@ -265,6 +281,27 @@ class ModelParallel(Distribution, upstream.ModelParallel):
                 "whole path and '/output', as '.*head/output' does.",
                 stacklevel=3,
             )
+
+
+def _batch_axes(batch_dim_name, names):
+    """A name, or several as a tuple, of axes of a mesh with these names."""
+    if isinstance(batch_dim_name, str):
+        given = (batch_dim_name,)
+    else:
+        given = tuple(batch_dim_name)
+    if any(name not in names for name in given):
+        raise ValueError(
+            "`batch_dim_name` must name an axis of the mesh, or be a tuple of "
+            f"names. Received: batch_dim_name={batch_dim_name!r}, mesh "
+            f"axes={names}"
+        )
+    if list(given) != [name for name in names if name in given]:
+        raise ValueError(
+            "`batch_dim_name` must name each axis once, in the order of the "
+            f"mesh. Received: batch_dim_name={batch_dim_name!r}, mesh "
+            f"axes={names}"
+        )
+    return given if len(given) > 1 else given[0]
 
 
 def set_distribution(value):

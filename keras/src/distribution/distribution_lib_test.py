@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Shard
 
 import keras
 from keras.src import backend
@@ -231,6 +233,40 @@ def test_data_shard_of_any_axis(fake_world, rank):
     assert first.data_shard_id == rank // 2
     last = model_parallel(batch_dim_name="model")
     assert last.data_shard_id == rank % 2
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_data_shard_of_several_axes(fake_world, rank):
+    fake_world(4, rank)
+    mesh = DeviceMesh((2, 1, 2), ["replicate", "model", "shard"], DEVICES)
+    batch = ["replicate", "shard"]
+    distribution = model_parallel(mesh=mesh, batch_dim_name=batch)
+    assert distribution.batch_dim_name == ("replicate", "shard")
+    assert distribution.num_model_replicas == 4
+    assert distribution.data_shard_id == rank
+    layout = distribution.get_data_layout((8, 3))
+    assert layout.axes == (("replicate", "shard"), None)
+    assert layout.backend_layout.placements == (Shard(0), Replicate(), Shard(0))
+    one = model_parallel(mesh=mesh, batch_dim_name=("shard",))
+    assert one.batch_dim_name == "shard"
+    assert one.get_data_layout((8,)).axes == ("shard",)
+
+
+@pytest.mark.parametrize(
+    "names, match",
+    [
+        (("batch", "rows"), "name an axis.*'rows'.*'batch', 'model'"),
+        (
+            ("model", "batch"),
+            "once, in the order of the mesh.*'model', 'batch'",
+        ),
+        (("batch", "batch"), "once, in the order of the mesh"),
+    ],
+)
+def test_wrong_batch_axes(fake_world, names, match):
+    fake_world(4)
+    with pytest.raises(ValueError, match=match):
+        model_parallel(batch_dim_name=names)
 
 
 def test_mesh_of_another_size_than_the_job(fake_world):

@@ -13,7 +13,6 @@ from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.gradients.reducer import keep_plain
 from keras.src.backend.torch.distribution.mesh import agreement
-from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.mesh import together
 from keras.src.backend.torch.distribution.mesh.context import current
@@ -91,7 +90,7 @@ class Variable(upstream.Variable):
             keep_plain(value)
         if context.reducer is not None and not (
             unshard.is_laid_out_by(value, context)
-            and cuts.is_cut(value.placements[context.data_axis])
+            and context.cuts_data(value.placements)
         ):
             self._gradient_number = context.reducer.register(value, self.path)
         elif sharded.is_weight(value):

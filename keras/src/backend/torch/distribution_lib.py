@@ -201,8 +201,9 @@ def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
         per_process_batch: `torch.Tensor` that is already sharded to a local
             process size: the rows of this data shard, whole in other dims.
         layout: `TensorLayout` for the distribution information.
-        batch_dim_name: optional name of the mesh axis that splits rows.
-            Defaults to the axis of the layout's first dim.
+        batch_dim_name: optional name of the mesh axis that splits rows, or a
+            tuple of names, of which the first splits first. Defaults to those
+            of the layout's first dim.
 
     Returns:
         A global batch distributed according to `layout`: a `torch.Tensor` of
@@ -221,24 +222,32 @@ def distribute_data_input(per_process_batch, layout, batch_dim_name=None):
         if batch.device_mesh == mesh and batch.placements == placements:
             return batch
         return distribute_tensor(batch, layout)
-    name = batch_dim_name or layout.axes[0]
-    if name is None:
+    named = batch_dim_name or layout.axes[0]
+    if named is None:
         return storage.shard(batch, mesh, placements)
-    axis = list(layout.device_mesh.axis_names).index(name)
-    counts = rows.counts(batch.shape[0], mesh.get_group(axis))
+    names = list(layout.device_mesh.axis_names)
+    axes = [
+        names.index(n) for n in ((named,) if isinstance(named, str) else named)
+    ]
+    axes = tuple(axis for axis in axes if mesh.size(axis) > 1)
     context = context_lib.current()
     if (
         context is not None
-        and context.data_size > 1
-        and context.data_axis == axis
+        and axes
+        and context.data_axes == axes
         and context.mesh == mesh
-        and all(cuts.is_cut(p) == (i == axis) for i, p in enumerate(placements))
+        and all(
+            cuts.is_cut(placement) == (axis in axes)
+            for axis, placement in enumerate(placements)
+            if mesh.size(axis) > 1
+        )
     ):
         # Kept beside the distribution, as `clear_session` drops both.
         if global_state.get_global_attribute(ENTRY_POINTS) is None:
             global_state.set_global_attribute(ENTRY_POINTS, entry_points.Kept())
+        counts = rows.counts(batch.shape[0], context.data_group)
         return borders.Step(context).enter(batch, rows.Rows(counts, 0))
-    return gathers.assemble(batch, counts, mesh, axis, placements)
+    return gathers.assemble(batch, mesh, axes, placements)
 
 
 def initialize_rng():

@@ -505,9 +505,7 @@ def test_distribute_data_input_of_uneven_rows(on_threads):
     def run(rank):
         mesh = dist.init_device_mesh("cpu", (2,), mesh_dim_names=("batch",))
         ours = whole.split(counts)[rank]
-        result = backend_dlib.gathers.assemble(
-            ours, counts, mesh, 0, (Shard(0),)
-        )
+        result = backend_dlib.gathers.assemble(ours, mesh, (0,), (Shard(0),))
         return tuple(result.shape), sharded.local_of(result)
 
     shapes, locals_ = zip(*on_threads(2, run))

@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 
+from keras.src.backend.torch.distribution.mesh import cuts
+from keras.src.backend.torch.distribution.mesh.rows import counts
 from keras.src.backend.torch.distribution.mesh.rows import get_current_rows
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
@@ -68,30 +70,46 @@ class GatherForLoss(torch.autograd.Function):
         return grad[: ctx.size] * 0, None
 
 
-def assemble(batch, counts, mesh, axis, placements):
+def assemble(batch, mesh, axes, placements):
     """A global batch, as a DTensor, from the rows of each process.
 
-    Collective if the processes' rows are not those that the placements give
-    them (shards of `torch.chunk`'s sizes): every process of the axis calls it.
+    Collective: every process of the axes calls it.
+
+    Args:
+        batch: the rows of this process, whole in other dims.
+        mesh: torch mesh.
+        axes: indices of its axes that split rows, the first one first.
+        placements: of the result, one for each axis of `mesh`.
     """
-    total = sum(counts)
+    cut_by = cuts.from_placements(tuple(placements), tuple(mesh.shape))
+    rows_by = [axis for dim, axis in cut_by if dim == 0]
+    total = None
+    if len(axes) == 1 and rows_by[:1] == list(axes):
+        total = _total_of_shards(len(batch), mesh.get_group(axes[0]))
+    if total is None:
+        for axis in reversed(axes):
+            batch = _all_rows(batch, mesh.get_group(axis))
+        total = len(batch)
+    else:
+        cut_by = [(dim, axis) for dim, axis in cut_by if axis != axes[0]]
     shape = (total, *batch.shape[1:])
-    width = -(-total // len(counts))
-    expected = [
-        max(0, min(width, total - i * width)) for i in range(len(counts))
-    ]
-    group = mesh.get_group(axis)
-    if counts != expected:
-        everything = [None] * len(counts)
-        dist.all_gather_object(everything, batch.cpu(), group=group)
-        whole = torch.cat(everything).to(batch.device)
-        start, stop = collectives.shard_range(
-            total, len(counts), dist.get_rank(group)
-        )
-        batch = whole[start:stop]
-    for other, placement in enumerate(placements):
-        if other != axis and placement.is_shard():
-            batch = collectives.shard_of(
-                batch, placement.dim, mesh.get_group(other)
-            )
+    for dim, axis in cut_by:
+        batch = collectives.shard_of(batch, dim, mesh.get_group(axis))
     return sharded.wrap(batch.contiguous(), mesh, placements, shape)
+
+
+def _total_of_shards(rows, group):
+    """How many rows a group has, None if they are not in shards of
+    `torch.chunk`'s sizes."""
+    sizes = counts(rows, group)
+    total = sum(sizes)
+    ranges = [
+        collectives.shard_range(total, len(sizes), i) for i in range(len(sizes))
+    ]
+    return total if sizes == [b - a for a, b in ranges] else None
+
+
+def _all_rows(batch, group):
+    everything = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everything, batch.cpu(), group=group)
+    return torch.cat(everything).to(batch.device)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import threading
 import weakref
 
@@ -85,9 +86,10 @@ class Context:
 
     Attributes:
         mesh: torch mesh of all axes.
-        data_axis: index in `mesh` of the axis that batches are split over.
+        data_axes: tuple of the indices in `mesh` of the axes of size > 1 that
+            batches are split over. The first splits rows first.
         data_size, data_index: number of data shards, and that of this process.
-        data_group: process group along the data axis, None if of size 1.
+        data_group: process group along all data axes, None if there are none.
         data_ranks: ranks of the processes of that group, in its order.
         model_axes: indices in `mesh` of the other axes of size > 1.
         model_mesh: torch mesh of these axes, None if there are none.
@@ -101,10 +103,16 @@ class Context:
         names = list(device_mesh.axis_names)
         sizes = [int(n) for n in device_mesh.shape]
         self.axis_names = names
-        self.data_axis = names.index(distribution.batch_dim_name)
-        self.data_size = sizes[self.data_axis]
+        batch_axes = [names.index(n) for n in distribution.batch_axis_names]
+        self.data_axes = tuple(i for i in batch_axes if sizes[i] > 1)
+        self.data_size = math.prod(sizes[i] for i in self.data_axes)
+        self._data_mesh, self._data_axis = self.mesh, None
         self.data_index, self.data_ranks = 0, [dist.get_rank()]
-        if self.data_size > 1:
+        if self.data_axes:
+            self._data_axis = self.data_axes[0]
+            if len(self.data_axes) > 1:
+                self._data_mesh = mesh_lib.joined(self.mesh, self.data_axes)
+                self._data_axis = 0
             # Data shards are numbered as their group has them, which need not
             # be the order of the mesh: what a group gathers comes that way.
             self.data_index = dist.get_rank(self.data_group)
@@ -112,7 +120,7 @@ class Context:
         self.model_axes = [
             i
             for i, size in enumerate(sizes)
-            if size > 1 and i != self.data_axis
+            if size > 1 and i not in self.data_axes
         ]
         self.model_mesh = None
         self.model_size = 1
@@ -129,14 +137,15 @@ class Context:
     @property
     def data_group(self):
         # Looked up, not kept: a group that is kept never ends.
-        if self.data_size == 1:
+        if not self.data_axes:
             return None
-        return self.mesh.get_group(self.data_axis)
+        return self._data_mesh.get_group(self._data_axis)
 
     @functools.cached_property
     def shards(self):
         """The data shard of each process, by rank."""
-        ranks = self.mesh.mesh.movedim(self.data_axis, 0)
+        first = range(len(self.data_axes))
+        ranks = self.mesh.mesh.movedim(self.data_axes, tuple(first))
         ranks = ranks.reshape(self.data_size, -1).tolist()
         shard_of = {r: i for i, shard in enumerate(ranks) for r in shard}
         return [shard_of[rank] for rank in range(dist.get_world_size())]
@@ -174,6 +183,14 @@ class Context:
         return layout_placements(
             layout, self.mesh, shape, path, self.distribution.device_mesh
         )
+
+    def cuts_data(self, placements):
+        """The data axes that cut what has these placements on `mesh`.
+
+        What none of them cuts, each data shard has whole, with a gradient of
+        its own loss. What some of them cut has one gradient for all.
+        """
+        return tuple(i for i in self.data_axes if cuts.is_cut(placements[i]))
 
     def model_placements(self, placements):
         """Those of `placements` that belong to `model_mesh`, in its order."""

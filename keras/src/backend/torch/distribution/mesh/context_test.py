@@ -112,13 +112,49 @@ def model_parallel(shape, names, batch_dim_name):
 def test_data_axis_may_come_last(fake_world, rank):
     fake_world(4, rank)
     context = context_lib.Context(model_parallel((2, 2), ["m", "d"], "d"))
-    assert (context.data_axis, context.model_axes) == (1, [0])
+    assert (context.data_axes, context.model_axes) == ((1,), [0])
     assert (context.data_size, context.model_size) == (2, 2)
     assert context.data_index == rank % 2
     assert context.model_mesh.mesh_dim_names == ("m",)
     assert context.model_mesh.get_local_rank() == rank // 2
     assert context.reducer is None  # Until the distribution is set.
     assert context.model_placements([Shard(1), Shard(0)]) == (Shard(1),)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_several_data_axes(fake_world, rank):
+    fake_world(4, rank)
+    names = ["d", "m", "e"]
+    context = context_lib.Context(model_parallel((2, 1, 2), names, ("d", "e")))
+    assert (context.data_axes, context.model_axes) == ((0, 2), [])
+    assert (context.data_size, context.data_index) == (4, rank)
+    assert context.data_ranks == context.shards == [0, 1, 2, 3]
+    assert context.cuts_data([Shard(1), Shard(0), Replicate()]) == (0,)
+    # Of size 1 it cuts nothing.
+    context = context_lib.Context(model_parallel((2, 2, 1), names, ("d", "e")))
+    assert (context.data_axes, context.model_axes) == ((0,), [1])
+    assert (context.data_size, context.data_index) == (2, rank // 2)
+    assert context.shards == [0, 0, 1, 1]
+
+
+def test_data_axes_share_the_groups_of_a_mesh(fake_world):
+    fake_world(4)
+    contexts = [
+        context_lib.Context(model_parallel((2, 2), ["d", "e"], ("d", "e")))
+        for _ in range(2)
+    ]
+    assert contexts[0].data_group is contexts[1].data_group
+    assert contexts[0].model_mesh is None
+
+
+def test_data_axes_whose_processes_are_in_another_order(fake_world):
+    fake_world(4)
+    mesh = DeviceMesh((2, 2), ["d", "e"], [DEVICES[i] for i in (0, 2, 1, 3)])
+    distribution = distribution_lib.ModelParallel(
+        layout_map=LayoutMap(mesh), batch_dim_name=("d", "e")
+    )
+    with pytest.raises(ValueError, match=r"\['d', 'e'\].*\[0, 2, 1, 3\]"):
+        context_lib.Context(distribution)
 
 
 def test_model_axes_of_size_1_are_none(fake_world):

@@ -49,6 +49,45 @@ def to_torch_mesh(device_mesh):
     return _MESHES[key]
 
 
+def joined(mesh, axes):
+    """The torch mesh in which several axes of another one are one.
+
+    Collective on the first call for a mesh and axes: every process calls it.
+
+    Args:
+        mesh: torch mesh of `to_torch_mesh`.
+        axes: tuple of indices of its axes, the one that varies slowest first.
+
+    Returns:
+        Torch mesh whose first axis numbers the coordinates on `axes`. What has
+        the same ones lies along its second axis, if there is one.
+
+    Raises:
+        ValueError: if this order of processes is not that of their ranks.
+    """
+    key = mesh, axes
+    if key not in _MESHES:
+        size = math.prod(mesh.size(axis) for axis in axes)
+        others = [axis for axis in range(mesh.ndim) if axis not in axes]
+        ranks = mesh.mesh.permute(*axes, *others).reshape(size, -1)
+        if (ranks.diff(dim=0) < 0).any():
+            names = [mesh.mesh_dim_names[axis] for axis in axes]
+            raise ValueError(
+                f"Rows that are split over the axes {names} would belong to "
+                f"the processes {ranks[:, 0].tolist()}, in this order, and "
+                "torch numbers them in ascending order. Name the axes in the "
+                f"order of the mesh, which is {list(mesh.mesh_dim_names)}, and "
+                "give it the devices of `keras.distribution.list_devices()`."
+            )
+        names = "joined", "others"
+        if ranks.shape[1] == 1:
+            ranks, names = ranks[:, 0], names[:1]
+        _MESHES[key] = DeviceMesh(
+            mesh.device_type, ranks.clone(), mesh_dim_names=names
+        )
+    return _MESHES[key]
+
+
 def release_groups():
     """Drops what the meshes hold of process groups, so that these can end.
 

@@ -29,7 +29,7 @@ class Layout(typing.NamedTuple):
         mesh: torch mesh.
         placements: one for each axis of `mesh`.
         shape: tuple, the global shape.
-        context: the `Context` whose data axis it may be cut over, or None.
+        context: the `Context` whose data axes it may be cut over, or None.
     """
 
     kind: type
@@ -39,13 +39,10 @@ class Layout(typing.NamedTuple):
     context: object = None
 
     @property
-    def data_axis(self):
-        """The axis that splits rows, None if it does not cut the tensor."""
+    def data_axes(self):
+        """Those of the data axes that cut the tensor."""
         context = self.context
-        if context is None or context.data_size == 1:
-            return None
-        axis = context.data_axis
-        return axis if cuts.is_cut(self.placements[axis]) else None
+        return () if context is None else context.cuts_data(self.placements)
 
     @property
     def is_partial(self):
@@ -153,19 +150,26 @@ def whole(x):
         return gather_shards(Local.apply(x), layout).contiguous()
 
 
-def gather_shards(local, layout):
+def gather_shards(local, layout, undone=None):
     """The whole of what a layout cuts, from our shard, for autograd to
     differentiate.
 
-    Collective along the axes that cut it.
+    Collective along the axes that cut it; backward along all data axes, if one
+    of them does.
+
+    Args:
+        local: our shard.
+        layout: the `Layout`.
+        undone: those of its `levels` to undo, the coarsest first; or all.
     """
+    undone = levels(layout) if undone is None else undone
+    data_axes = layout.data_axes
+    if any(axis in data_axes for _, axis, _ in undone):
+        return GatherOverData.apply(local, undone, layout.context)
     # The axis that cuts a dim finest is undone first.
-    for dim, axis, size in reversed(levels(layout)):
-        if axis == layout.data_axis:
-            local = GatherOverData.apply(local, dim, size, layout.context)
-        else:
-            group = layout.mesh.get_group(axis)
-            local = collectives.AllGather.apply(local, dim, size, group)
+    for dim, axis, size in reversed(undone):
+        group = layout.mesh.get_group(axis)
+        local = collectives.AllGather.apply(local, dim, size, group)
     return local
 
 
@@ -179,14 +183,21 @@ def gathered(x):
         x = layout._replace(kind=DTensor, context=None).wrap(stored.detach())
         with torch.no_grad():
             x = sharded.summed(x)
-    local = x._local_tensor.detach()
-    for dim, axis, size in reversed(levels(x)):
-        group = layout.mesh.get_group(axis)
-        local = collectives.all_gather(local, dim, size, group)
+    local = gather_levels(x._local_tensor.detach(), levels(x), layout.mesh)
     if same_memory(local, stored):
         # Nobody may write into what is stored by writing into a copy of it.
         return local.clone()
     return local.contiguous()
+
+
+def gather_levels(local, levels, mesh):
+    """What our shard was cut of, by these axes of `levels`.
+
+    Collective: every process of these axes calls it.
+    """
+    for dim, axis, size in reversed(levels):
+        local = collectives.all_gather(local, dim, size, mesh.get_group(axis))
+    return local
 
 
 def same_memory(a, b):
@@ -225,8 +236,8 @@ class Carry(torch.autograd.Function):
 def local_gradient(grad, layout):
     """Our shard of a gradient.
 
-    Collective along the data axis for a plain gradient, which is that of our
-    own loss, of what the data axis cuts.
+    Collective along all data axes for a plain gradient, which is that of our
+    own loss, of what some data axis cuts.
 
     Args:
         grad: laid out as it should be, or whole and plain.
@@ -237,11 +248,11 @@ def local_gradient(grad, layout):
             return Local.apply(grad)
         return sharded.local_of(grad).detach()
     grad = collectives.whole_gradient(grad)
+    if layout.data_axes:
+        return scattered(grad, levels(layout), layout.context).contiguous()
     for dim, axis, _ in levels(layout):
         group = layout.mesh.get_group(axis)
-        if axis == layout.data_axis:
-            grad = scattered(grad, dim, layout.context)
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             grad = collectives.Slice.apply(grad, dim, group)
         else:
             grad = collectives.shard_of(grad, dim, group)
@@ -259,38 +270,58 @@ def lay_out(grad, layout):
 
 
 class GatherOverData(torch.autograd.Function):
-    """Shards of the data axis -> what they were cut of. Backward: the
-    weighted mean of the data shards' gradients, scattered."""
+    """Shards -> what they were cut of, by data axes and perhaps model axes.
+
+    Backward: the weighted mean of the data shards' gradients, scattered.
+
+    Args:
+        local: our shard.
+        cuts: triples of `levels`, in order, a data axis among them.
+        context: the `Context`.
+    """
 
     @staticmethod
-    def forward(ctx, local, dim, size, context):
-        ctx.dim, ctx.context = dim, context
-        if context.data_size == 1:
-            return local.view_as(local)
-        return collectives.all_gather(local, dim, size, context.data_group)
+    def forward(ctx, local, cuts, context):
+        ctx.cuts, ctx.context = cuts, context
+        return gather_levels(local, cuts, context.mesh)
 
     @staticmethod
     def backward(ctx, grad):
-        context = ctx.context
         grad = collectives.whole_gradient(grad)
-        if context.data_size > 1:
-            grad = scattered(grad, ctx.dim, context)
-        return grad, None, None, None
+        return scattered(grad, ctx.cuts, ctx.context), None, None
 
 
-def scattered(grad, dim, context):
+def scattered(grad, cuts, context):
     """Our shard of the weighted mean of the data shards' gradients.
 
-    Collective: every process of the data axis calls it.
+    It is scattered over the data axes that cut, and then, small as it is,
+    added up over those that do not (hybrid sharding, as torch's FSDP has it).
+    Along model axes all have the same gradient, and take their part.
+
+    Collective: every process of the data axes calls it.
+
+    Args:
+        grad: of what was cut.
+        cuts: triples of `levels`, in order, a data axis among them.
+        context: the `Context`.
     """
     # A variable of a mixed policy is wider than what layers see of it: half
     # precision is not added up in half precision.
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    weight, group = rows.weight(context), context.data_group
     if torch.is_grad_enabled():
-        return ScatterMean.apply(grad.to(dtype), dim, context).to(grad.dtype)
-    weighted = collectives.weighted(grad.to(dtype), weight)
-    return collectives.reduce_scatter(weighted, dim, group).to(grad.dtype)
+        return ScatterMean.apply(grad.to(dtype), cuts, context).to(grad.dtype)
+    mean = collectives.weighted(grad.to(dtype), rows.weight(context))
+    for dim, axis, _ in cuts:
+        group = context.mesh.get_group(axis)
+        if axis in context.data_axes:
+            mean = collectives.reduce_scatter(mean, dim, group)
+        else:
+            mean = collectives.shard_of(mean, dim, group)
+    others = set(context.data_axes) - {axis for _, axis, _ in cuts}
+    for axis in sorted(others):
+        mean = mean.contiguous()
+        dist.all_reduce(mean, group=context.mesh.get_group(axis))
+    return mean.to(grad.dtype)
 
 
 class ScatterMean(torch.autograd.Function):
@@ -298,25 +329,24 @@ class ScatterMean(torch.autograd.Function):
     it gives on shard i is going to be weighted with weight_i."""
 
     @staticmethod
-    def forward(ctx, grad, dim, context):
-        ctx.dim, ctx.context, ctx.size = dim, context, grad.shape[dim]
-        return scattered(grad, dim, context).clone()
+    def forward(ctx, grad, cuts, context):
+        ctx.cuts, ctx.context = cuts, context
+        return scattered(grad, cuts, context).clone()
 
     @staticmethod
     def backward(ctx, grad):
         grad = collectives.whole_gradient(grad)
-        grad = GatherOverData.apply(grad, ctx.dim, ctx.size, ctx.context)
-        return grad, None, None
+        return GatherOverData.apply(grad, ctx.cuts, ctx.context), None, None
 
 
 class SumOfShards(torch.autograd.Function):
     """What processes have computed, each from its own shard, added up.
 
-    Each data shard's loss has its own gradient of the sum. Where the data axis
+    Each data shard's loss has its own gradient of the sum. Where a data axis
     cuts, the weighted mean of them is that of every shard.
 
-    Collective: every process of the axes that cut. Backward: of the data axis,
-    if it cuts.
+    Collective: every process of the axes that cut. Backward: of all data axes,
+    if one of them cuts.
     """
 
     @staticmethod
@@ -331,12 +361,12 @@ class SumOfShards(torch.autograd.Function):
 
 
 class MeanOverData(torch.autograd.Function):
-    """Weighted mean over data shards, where the data axis cuts."""
+    """Weighted mean over data shards, where a data axis cuts."""
 
     @staticmethod
     def forward(ctx, x, layout):
         ctx.layout = layout
-        if layout.data_axis is None:
+        if not layout.data_axes:
             return x.view_as(x)
         x = collectives.weighted(x, rows.weight(layout.context)).clone()
         dist.all_reduce(x, group=layout.context.data_group)

@@ -116,7 +116,8 @@ def _close(accumulator, context):
         placements = list(sharded.replicate(context.mesh))
         if isinstance(settled, DTensor):
             placements = list(settled.placements)
-        placements[context.data_axis] = Partial()
+        for axis in context.data_axes:
+            placements[axis] = Partial()
         partial = sharded.wrap(
             _local(settled), context.mesh, placements, tuple(settled.shape)
         )

@@ -17,10 +17,10 @@ import contextlib
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Replicate
 
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows import carrier
+from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
@@ -87,11 +87,17 @@ def is_state(variable):
 
 
 def placements(placements, context):
-    """Those of a state. The data axis does not cut it: what each data shard has
-    counted is of all entries."""
-    result = list(placements)
-    result[context.data_axis] = Replicate()
-    return tuple(result)
+    """Those of a state. No data axis cuts it: what each data shard has counted
+    is of all entries."""
+    shape = tuple(context.mesh.shape)
+    return cuts.to_placements(
+        [
+            (dim, axis)
+            for dim, axis in cuts.from_placements(tuple(placements), shape)
+            if axis not in context.data_axes
+        ],
+        shape,
+    )
 
 
 @contextlib.contextmanager

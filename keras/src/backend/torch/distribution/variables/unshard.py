@@ -1,6 +1,6 @@
 """From what is stored of a weight to what a layer computes with.
 
-The data axis is gathered, which is FSDP; model axes stay cut, which is tensor
+Data axes are gathered, which is FSDP; model axes stay cut, which is tensor
 parallelism. Backward is the reduce-scatter of the gradient.
 """
 
@@ -15,13 +15,14 @@ from keras.src.backend.torch.distribution.tensors import sharded
 
 
 def operand(value, context):
-    """What a layer computes with: whole on the data axis, our model shards.
+    """What a layer computes with: whole on the data axes, our model shards.
 
     Autograd then gives what belongs to it: the reduce-scatter of the gradient
-    over the data axis. FSDP when only the data axis shards, tensor parallelism
-    when only model axes do, and both at once.
+    over the data axes. FSDP when only these shard, tensor parallelism when only
+    model axes do, and both at once.
 
-    Collective along the data axis if it shards the variable.
+    Collective along the data axes that shard the variable; backward along all
+    of them, if one does.
 
     Args:
         value: the stored value, a DTensor on the whole mesh or plain.
@@ -43,36 +44,38 @@ def operand(value, context):
 def _operand_of_several_cuts(value, context):
     """As `operand`, where several axes cut one dim.
 
-    The data axis, and what it was cut by after it, is gathered; then the model
-    axes cut anew. Where their order is not that of the model mesh, they stay
-    gathered.
+    The data axes, and what was cut after one of them, are gathered; then the
+    model axes cut anew. Where their order is not that of the model mesh, they
+    stay gathered.
     """
     placements = list(context.model_placements(value.placements))
     axes_of = {}
     for dim, axis, size in laid_out.levels(value):
-        axes_of.setdefault(dim, []).append((axis, size))
-    local = laid_out.Local.apply(value)
+        if context.mesh.size(axis) > 1:
+            axes_of.setdefault(dim, []).append((axis, size))
+    gathered, anew = [], []
     for dim, axes in axes_of.items():
-        model = [axis for axis, _ in axes if axis != context.data_axis]
-        again = model == sorted(model)
         order = [axis for axis, _ in axes]
-        if again and context.data_axis not in order:
-            continue
-        first = order.index(context.data_axis) if again else 0
-        for axis, size in reversed(axes[first:]):
-            group = context.mesh.get_group(axis)
-            if axis == context.data_axis:
-                local = laid_out.GatherOverData.apply(local, dim, size, context)
-            else:
-                local = collectives.AllGather.apply(local, dim, size, group)
-        for axis, _ in axes[first:]:
-            if axis == context.data_axis or axis not in context.model_axes:
+        model = [axis for axis in order if axis not in context.data_axes]
+        again = model == sorted(model)
+        data = [i for i, axis in enumerate(order) if axis in context.data_axes]
+        first = 0
+        if again:
+            first = data[0] if data else len(order)
+        gathered += [(dim, axis, size) for axis, size in axes[first:]]
+        for axis in order[first:]:
+            if axis in context.data_axes:
                 continue
             if again:
-                group = context.mesh.get_group(axis)
-                local = collectives.Slice.apply(local, dim, group)
+                anew.append((dim, axis))
             else:
                 placements[context.model_axes.index(axis)] = Replicate()
+    layout = laid_out.layout_of(value)._replace(context=context)
+    local = laid_out.Local.apply(value)
+    local = laid_out.gather_shards(local, layout, gathered)
+    for dim, axis in anew:
+        group = context.mesh.get_group(axis)
+        local = collectives.Slice.apply(local, dim, group)
     return local, tuple(placements)
 
 
@@ -94,14 +97,22 @@ def is_laid_out_by(value, context):
 
 
 def _gathered(value, context):
-    local = sharded.local_of(value)
-    placement = value.placements[context.data_axis]
-    if placement.is_shard() and context.data_size > 1:
-        size = value.shape[placement.dim]
-        return collectives.all_gather(
-            local, placement.dim, size, context.data_group
+    return laid_out.gather_levels(
+        sharded.local_of(value), _data_cuts(value, context), context.mesh
+    )
+
+
+def _data_cuts(value, context):
+    """Those of `laid_out.levels` that are of data axes, where each dim is cut
+    once."""
+    return [
+        (
+            value.placements[axis].dim,
+            axis,
+            value.shape[value.placements[axis].dim],
         )
-    return local
+        for axis in context.cuts_data(value.placements)
+    ]
 
 
 class Unshard(torch.autograd.Function):
@@ -110,16 +121,15 @@ class Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, context):
         ctx.layout, ctx.context = laid_out.layout_of(value), context
+        ctx.cuts = _data_cuts(value, context)
         local = _gathered(value, context)
         return local.view_as(local)
 
     @staticmethod
     def backward(ctx, grad):
-        context = ctx.context
         grad = collectives.whole_gradient(grad)
-        placement = ctx.layout.placements[context.data_axis]
-        if placement.is_shard() and context.data_size > 1:
-            grad = laid_out.scattered(grad, placement.dim, context)
+        if ctx.cuts:
+            grad = laid_out.scattered(grad, ctx.cuts, ctx.context)
         return ctx.layout.carry(grad.contiguous()), None
 
 

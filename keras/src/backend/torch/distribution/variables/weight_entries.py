@@ -118,7 +118,7 @@ def _meets(x, layout, tracks, writes):
         return layout.is_laid_out(x) and tuple(x.shape) == layout.shape
     return (
         not isinstance(x, DTensor)
-        and (writes or modes.updates or layout.data_axis is None)
+        and (writes or modes.updates or not layout.data_axes)
         # Its gradient would be that of all data shards' losses.
         and laid_out.fits(x, layout.shape)
         and not (tracks and x.requires_grad)
