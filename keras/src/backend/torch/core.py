@@ -21,6 +21,7 @@ from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.training import checks
 from keras.src.backend.torch.distribution.training import metric_states
+from keras.src.backend.torch.distribution.variables import drawing
 from keras.src.backend.torch.distribution.variables import reading
 from keras.src.backend.torch.distribution.variables import storage
 from keras.src.backend.torch.distribution.variables import unshard
@@ -34,8 +35,9 @@ released_variable = upstream.Variable
 
 
 class Variable(upstream.Variable):
-    # Of the whole value that a sharded one was cut of, until it is assigned.
-    _initial_checksum = None
+    # What a sharded one was cut of, until it is assigned: how the whole was
+    # drawn, or its checksum.
+    _origin = None
     # A few entries of the whole value that was last written into a sharded one.
     written = None
     # By which the reducer knows it; see `gradients`.
@@ -57,24 +59,33 @@ class Variable(upstream.Variable):
             super()._initialize(value)
             setattr(value, marks.TAKEN, True)
         else:
-            layout = self._layout
-            if layout is None:
-                distribution = context.distribution
-                layout = distribution.get_variable_layout(self)
-                layout = storage.fitting(layout, self, distribution)
-            self._layout = layout
-            placements = context.placements(layout, self._shape, self.path)
-            if metric_states.is_state(self):
-                placements = metric_states.placements(placements, context)
+            placements = self._lay_out(context)
             if context.is_sharded(placements):
                 value = upstream.convert_to_tensor(value, dtype=self._dtype)
                 value = sharded.whole(value)
-                self._initial_checksum = checks.checksum(value)
+                if not storage.is_slot():
+                    self._origin = checks.checksum(value)
                 self._value = storage.parameter(
                     value, context, placements, self.trainable
                 )
             else:
                 super()._initialize(value)
+        self._was_initialized(context)
+
+    def _lay_out(self, context):
+        """Finds the layout of the variable; returns its placements."""
+        layout = self._layout
+        if layout is None:
+            distribution = context.distribution
+            layout = distribution.get_variable_layout(self)
+            layout = storage.fitting(layout, self, distribution)
+        self._layout = layout
+        placements = context.placements(layout, self._shape, self.path)
+        if metric_states.is_state(self):
+            placements = metric_states.placements(placements, context)
+        return placements
+
+    def _was_initialized(self, context):
         self._context = context
         storage.log(self.path, self._value)
         if self._value.requires_grad:
@@ -106,7 +117,29 @@ class Variable(upstream.Variable):
 
     def _initialize_with_initializer(self, initializer):
         with modes.drawing_initial_values():
+            context = current()
+            if context is not None and drawing.knows(initializer):
+                placements = self._lay_out(context)
+                if context.is_sharded(placements):
+                    self._draw(initializer, context, placements)
+                    return
             super()._initialize_with_initializer(initializer)
+
+    @modes.direct()
+    def _draw(self, initializer, context, placements):
+        """Makes our part of the initial value, without the whole where that
+        can be."""
+        part = storage.part_of(self._shape, context, placements)
+        value = drawing.draw(initializer, part, self._dtype)
+        if part.origin is None:
+            self._initialize(value)
+            return
+        self._origin = part.origin
+        value = upstream.convert_to_tensor(value, dtype=self._dtype)
+        self._value = storage.parameter_of_shard(
+            value, self._shape, context, placements, self.trainable
+        )
+        self._was_initialized(context)
 
     def assign(self, value):
         if isinstance(value, np.ndarray) and isinstance(self._value, DTensor):
@@ -122,7 +155,7 @@ class Variable(upstream.Variable):
                 return
         value = carrier.whole(value)
         if isinstance(self._value, DTensor):
-            self._initial_checksum = None
+            self._origin = None
             storage.assign(self._value, value)
         else:
             super()._direct_assign(sharded.whole(value))

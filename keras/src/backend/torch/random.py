@@ -13,7 +13,10 @@ import functools
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.config import floatx
 from keras.src.backend.torch import random as upstream
+from keras.src.backend.torch.core import get_device
+from keras.src.backend.torch.core import to_torch_dtype
 from keras.src.backend.torch.distribution import modes as modes_lib
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -22,6 +25,7 @@ from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.variables import drawing
 from keras.src.backend.torch.distribution.variables import storage
 from keras.src.random.seed_generator import SeedGenerator
 
@@ -113,10 +117,68 @@ def _is_of_rows(parameter):
 beta = _for_all_rows(upstream.beta)
 binomial = _for_all_rows(upstream.binomial)
 gamma = _for_all_rows(upstream.gamma)
-normal = _for_all_rows(upstream.normal)
 randint = _for_all_rows(upstream.randint)
-truncated_normal = _for_all_rows(upstream.truncated_normal)
-uniform = _for_all_rows(upstream.uniform)
+released_normal = _for_all_rows(upstream.normal)
+released_truncated_normal = _for_all_rows(upstream.truncated_normal)
+released_uniform = _for_all_rows(upstream.uniform)
+
+
+def _generator_of_part(numbers, shape, parameters, dtype, seed):
+    """The generator to draw our part of a variable with, None where a draw is
+    not one, or has to be drawn whole.
+
+    Args:
+        numbers: class of `drawing`.
+        shape: tuple, of the whole.
+        parameters: of the distribution.
+        dtype: string.
+        seed: as Keras's functions take it.
+    """
+    part = modes.part
+    if (
+        part is None
+        or tuple(shape) != part.shape
+        or any(type(x) not in (int, float) for x in parameters)
+        or torch.device(get_device()).type != "cpu"
+        or not drawing.can_draw(numbers, part, dtype)
+    ):
+        return None
+    generator = upstream.torch_seed_generator(seed)
+    part.origin = f"{parameters} of seed {generator.initial_seed()}"
+    return generator
+
+
+def normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
+    """As Keras's; of a variable that is sharded, our part."""
+    drawn = to_torch_dtype(dtype or floatx())
+    generator = _generator_of_part(
+        drawing.Normal, shape, (mean, stddev), drawn, seed
+    )
+    if generator is None:
+        return released_normal(shape, mean, stddev, dtype, seed)
+    return drawing.normal(generator, modes.part, drawn, mean, stddev)
+
+
+def truncated_normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
+    """As Keras's; of a variable that is sharded, our part."""
+    drawn = to_torch_dtype(dtype or floatx())
+    generator = _generator_of_part(
+        drawing.Normal, shape, (mean, stddev), drawn, seed
+    )
+    if generator is None:
+        return released_truncated_normal(shape, mean, stddev, dtype, seed)
+    return drawing.truncated_normal(generator, modes.part, drawn, mean, stddev)
+
+
+def uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
+    """As Keras's; of a variable that is sharded, our part."""
+    drawn = to_torch_dtype(dtype or floatx())
+    generator = _generator_of_part(
+        drawing.Uniform, shape, (minval, maxval), drawn, seed
+    )
+    if generator is None:
+        return released_uniform(shape, minval, maxval, dtype, seed)
+    return drawing.uniform(generator, modes.part, drawn, minval, maxval)
 
 
 def dropout(inputs, rate, noise_shape=None, seed=None):

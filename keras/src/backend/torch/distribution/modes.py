@@ -43,6 +43,7 @@ class _Modes(threading.local):
     updates = False  # an optimizer's: what weights meet is equal everywhere
     sharded_outputs = False  # what leaves the outermost layer may be sharded
     drawing = False  # drawing initial values, equal on all processes
+    part = None  # the `drawing.Part` that is to be drawn of one
 
     def __init__(self):
         # Of each thread. `torch.compile` guards on what an object itself has,
@@ -158,7 +159,17 @@ def direct():
 
 def drawing_initial_values():
     """Within it, random numbers are equal on all processes."""
-    return _set(drawing=True)
+    return _set(drawing=True, part=None)
+
+
+def drawing_part(part):
+    """Within it, the one tensor that is drawn is a variable's initial value,
+    and of it only a part.
+
+    Args:
+        part: `drawing.Part`.
+    """
+    return _set(part=part)
 
 
 def as_now():

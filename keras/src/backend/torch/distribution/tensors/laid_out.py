@@ -102,6 +102,18 @@ def levels(layout):
     return result
 
 
+def ranges(layout):
+    """Pairs of the start and stop of our shard, for each dim of the whole."""
+    result = [(0, size) for size in layout.shape]
+    for dim, axis, size in levels(layout):
+        start, stop = collectives.shard_range(
+            size, layout.mesh.size(axis), layout.mesh.get_local_rank(axis)
+        )
+        first = result[dim][0]
+        result[dim] = (first + start, first + stop)
+    return result
+
+
 def fits(x, shape):
     """Whether a plain tensor may be broadcast to a shape."""
     offset = len(shape) - x.ndim

@@ -127,8 +127,7 @@ def check_equal(variables, buffers=None):
             what = f"{len(first)} variables against {len(other)}"
         else:
             what = next(
-                f"{a[0]} {a[1]} {a[2]} with sum {a[3]} against "
-                f"{b[0]} {b[1]} {b[2]} with sum {b[3]}"
+                f"{_said(*a)} against {_said(*b)}"
                 for a, b in zip(first, other)
                 if a != b
             )
@@ -140,16 +139,28 @@ def check_equal(variables, buffers=None):
         )
 
 
+def _said(name, shape, dtype, value):
+    if isinstance(value, str):
+        return f"{name} {shape} {dtype} drawn by {value}"
+    return f"{name} {shape} {dtype} with sum {value}"
+
+
 def _checksum_of(variable):
     if isinstance(variable._value, DTensor):
         # Each process holds another part: of what was it cut?
-        return variable._initial_checksum
+        return variable._origin
     return checksum(variable._value)
 
 
 def checksum(value):
-    """The sum of a plain tensor, which processes can compare."""
+    """The sum of a plain tensor, which processes can compare.
+
+    It is taken in float64, of a piece after the other.
+    """
     if value is None:
         return None
     with torch.no_grad():
-        return float(value.double().sum().nan_to_num())
+        total = torch.zeros((), dtype=torch.float64, device=value.device)
+        for piece in value.reshape(-1).split(SUMMED):
+            total += piece.double().sum()
+        return float(total.nan_to_num())

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from keras.src import backend
+from keras.src import initializers
 from keras.src import layers
 from keras.src import models
 from keras.src.backend.torch.distribution.mesh import context as context_lib
@@ -112,6 +113,30 @@ def test_different_variables(fake_world, monkeypatch, change, what):
         ValueError, match=f"0 differs from process 1: {what}.*set_random_seed"
     ):
         checks.check_equal(variables())
+
+
+def test_what_was_drawn_as_shards(fake_world, monkeypatch):
+    """It is compared by how it was drawn: no process has the whole."""
+    fake_world(WORLD)
+    mesh = DeviceMesh((1, 2), ["batch", "model"], DEVICES)
+    layout_map = LayoutMap(mesh)
+    layout_map[".*kernel"] = ("model", None)
+    with ModelParallel(layout_map=layout_map).scope():
+        layer = layers.Dense(
+            200, kernel_initializer=initializers.RandomNormal(seed=3)
+        )
+        layer.build((None, 300))
+        with_process_1(
+            monkeypatch,
+            lambda mine: [
+                (*mine[0][:3], mine[0][3].replace("seed 3", "seed 4")),
+                mine[1],
+            ],
+        )
+        with pytest.raises(
+            ValueError, match="RandomNormal.* of seed 3 against .*seed 4"
+        ):
+            checks.check_equal(layer.variables)
 
 
 def test_different_buffers(fake_world, monkeypatch):

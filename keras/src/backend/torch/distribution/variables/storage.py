@@ -14,6 +14,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.torch.distribution.mesh.context import logger
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.variables import drawing
 from keras.src.backend.torch.distribution.variables import weights
 
 
@@ -74,6 +75,13 @@ def is_in_layer():
     return isinstance(_owner(), Layer)
 
 
+def is_slot():
+    """Whether a variable that is being made is an optimizer's."""
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+    return isinstance(_owner(), BaseOptimizer)
+
+
 def _owner():
     """The layer, optimizer or metric whose name is the innermost scope."""
     scopes = global_state.get_global_attribute("name_scope_stack")
@@ -114,12 +122,32 @@ def parameter(value, context, placements, trainable):
         placements: one for each axis of `context.mesh`.
         trainable: whether a floating-point value asks for a gradient.
     """
-    value = value.detach()
+    value = shard(value.detach(), context.mesh, placements)
+    return _parameter(value, context, trainable)
+
+
+def parameter_of_shard(local, shape, context, placements, trainable):
+    """As `parameter`, of our part alone.
+
+    Args:
+        local: plain tensor, our shard, that nobody else writes into.
+        shape: tuple, the global shape.
+    """
+    value = sharded.wrap(local.detach(), context.mesh, placements, shape)
+    return _parameter(value, context, trainable)
+
+
+def _parameter(value, context, trainable):
     asks = trainable and (value.is_floating_point() or value.is_complex())
     return torch.nn.Parameter(
-        weights.stored(shard(value, context.mesh, placements), context),
-        requires_grad=asks,
+        weights.stored(value, context), requires_grad=asks
     )
+
+
+def part_of(shape, context, placements):
+    """The `Part` of a variable that this process stores."""
+    layout = laid_out.Layout(DTensor, context.mesh, tuple(placements), shape)
+    return drawing.Part(shape, laid_out.ranges(layout))
 
 
 def assign(stored, value):
