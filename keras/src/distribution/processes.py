@@ -98,6 +98,26 @@ def as_one_device(model):
     return contextlib.nullcontext()
 
 
+@_of_backend
+def in_pieces(value):
+    """What a process of all writes into a file.
+
+    Returns:
+        Of a tensor or variable that is spread over processes, or that another
+        process writes: an object with a `shape`, a numpy `dtype`, and, when it
+        is iterated, pairs of a slice of rows and a numpy array of them, on the
+        process that writes. To iterate it is collective: every process does,
+        to the end. Anything else as it is.
+    """
+    return value
+
+
+@_of_backend
+def is_in_pieces(value):
+    """Whether `in_pieces` has returned a value, and not as it was."""
+    return False
+
+
 # ---- rows of a batch ---------------------------------------------------------
 
 

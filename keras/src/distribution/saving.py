@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import pathlib
 import re
@@ -20,10 +21,11 @@ _in_use = set()
 def written_once(save, makes_folders=False):
     """Wraps a function that saves a model to a path.
 
-    All processes gather the weights. Process 0 writes them into a folder next
-    to the path, and then puts its files where they belong; the others make
-    what little is left in a folder of their own. What one process raises, all
-    raise; when it returns, the files are there.
+    Process 0 is sent the weights, a piece after the other, and writes them
+    into a folder next to the path; then it puts its files where they belong.
+    The others keep nothing but assets, in a folder of their own, until they
+    are done. What one process raises, all raise; when it returns, the files
+    are there.
 
     Collective under a distribution: every process calls it.
 
@@ -53,12 +55,25 @@ def written_once(save, makes_folders=False):
             parent = None if files.is_other() else path.parent
             if parent and (makes_folders or kwargs.get("zipped") is False):
                 parent.mkdir(parents=True, exist_ok=True)
+            if parent is None and path.suffix == ".keras":
+                save(model, _Nothing(), *args, **kwargs)
+                return
             with _folder(parent) as folder:
                 save(model, folder / path.name, *args, **kwargs)
                 if parent:
                     _move(folder, parent)
 
     return save_once
+
+
+class _Nothing(io.RawIOBase):
+    """A file that keeps nothing."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        return memoryview(data).nbytes
 
 
 @contextlib.contextmanager

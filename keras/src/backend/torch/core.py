@@ -7,6 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src import tree
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.torch import core as upstream
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes
@@ -24,6 +25,7 @@ from keras.src.backend.torch.distribution.training import metric_states
 from keras.src.backend.torch.distribution.variables import drawing
 from keras.src.backend.torch.distribution.variables import reading
 from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import streams
 from keras.src.backend.torch.distribution.variables import unshard
 
 __all__ = ["Variable", "convert_to_numpy", "remat", "vectorized_map"]
@@ -142,9 +144,33 @@ class Variable(upstream.Variable):
         self._was_initialized(context)
 
     def assign(self, value):
-        if isinstance(value, np.ndarray) and isinstance(self._value, DTensor):
-            self.written = agreement.sample(value)
+        if isinstance(self._value, DTensor):
+            if isinstance(value, np.ndarray):
+                self.written = agreement.sample(value)
+            elif self._takes_part_of(value):
+                return self._assign_part_of(value)
         return super().assign(value)
+
+    def _takes_part_of(self, value):
+        """Whether a value is in a file, whose part is all that is needed."""
+        return (
+            hasattr(value, "read_part")
+            and value.shape == self._shape
+            and not in_stateless_scope()
+            and not _code_sees_global_batch()
+        )
+
+    @modes.direct()
+    def _assign_part_of(self, value):
+        """Reads our shard of a value from a file, and nothing else of it."""
+        self.written = agreement.sample_of_file(value)
+        self._origin = None
+        layout = laid_out.layout_of(self._value)
+        part = value.read_part(laid_out.ranges(layout))
+        part = upstream.convert_to_tensor(part, dtype=self._dtype)
+        with torch.no_grad():
+            sharded.local_of(self._value).copy_(part)
+        return self._value
 
     @modes.direct()
     def _direct_assign(self, value):
@@ -197,10 +223,13 @@ def _code_sees_global_batch():
 
 
 def convert_to_numpy(x):
-    """As Keras's; a DTensor becomes the whole array.
+    """As Keras's; a DTensor becomes the whole array, and what is going to be
+    written in pieces stays as it is.
 
     Collective if `x` holds DTensors: every process of their mesh calls it.
     """
+    if isinstance(x, streams.Absent):
+        return x
     if any(_is_sharded(e) for e in (x if _is_list(x) else [x])):
         together.go_on()
     if isinstance(x, DTensor):

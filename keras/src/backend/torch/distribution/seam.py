@@ -21,6 +21,7 @@ from keras.src.backend.torch.distribution.training import put_off
 from keras.src.backend.torch.distribution.training.one_device import (
     as_one_device,
 )
+from keras.src.backend.torch.distribution.variables import streams
 
 __all__ = [
     "any_of_each",
@@ -30,7 +31,9 @@ __all__ = [
     "call_metric",
     "distribution_of",
     "gather_rows",
+    "in_pieces",
     "is_distributed",
+    "is_in_pieces",
     "is_writer",
     "metric_result",
     "own_rows",
@@ -43,6 +46,11 @@ __all__ = [
 
 distribution_of = own_distribution
 is_writer = is_first
+in_pieces = streams.to_write
+
+
+def is_in_pieces(value):
+    return isinstance(value, streams.Absent)
 
 
 def is_distributed():

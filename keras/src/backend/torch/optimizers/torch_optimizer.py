@@ -67,6 +67,14 @@ class TorchOptimizer(upstream.TorchOptimizer):
                 grads, trainable_variables, learning_rate
             )
 
+    def save_own_variables(self, store):
+        if not getattr(store, "takes_variables", False):
+            super().save_own_variables(store)
+            return
+        # Released Keras hands over numpy arrays, each of the whole.
+        for i, variable in enumerate(self.variables):
+            store[str(i)] = variable
+
     def assign(self, variable, value):
         if modes.is_local():
             variable.value.copy_(value)

@@ -8,6 +8,7 @@ them differ, and on which processes.
 
 import dataclasses
 import logging
+import math
 import zlib
 
 import numpy as np
@@ -278,12 +279,31 @@ def sample(x, rows=SAMPLED_ROWS):
     return taken if taken.dtype.kind in "biufc" else repr(taken.tolist())
 
 
+def sample_of_file(x, rows=SAMPLED_ROWS):
+    """As `sample`, of an array that lies in a file, and is not read.
+
+    Args:
+        x: an array that has a shape, and `take`s numbers by their positions.
+    """
+    if not len(x.shape) or not all(x.shape):
+        return sample(x, rows)
+    length = math.prod(x.shape[1:])
+    taken = range(0, length, max(1, length // SAMPLED_ENTRIES))
+    picked = _picked_rows(x.shape[0], rows)
+    return x.take([row * length + i for row in picked for i in taken])
+
+
+def _picked_rows(size, rows):
+    """Which of `size` rows are looked at."""
+    last = max(1, rows - 1)
+    return sorted({(size - 1) * i // last for i in range(rows)})
+
+
 def _taken(x, rows, join):
     if not len(x.shape):
         return x.reshape(1)
-    size = x.shape[0]
     picked = []
-    for i in sorted({(size - 1) * i // max(1, rows - 1) for i in range(rows)}):
+    for i in _picked_rows(x.shape[0], rows):
         # A pandas frame counts by columns, but for its `iloc`.
         row = getattr(x, "iloc", x)[i : i + 1]
         row = row if isinstance(row, torch.Tensor) else np.asarray(row)

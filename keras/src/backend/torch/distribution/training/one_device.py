@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution.mesh import process_group
-from keras.src.backend.torch.distribution.tensors import laid_out
+from keras.src.backend.torch.distribution.variables import streams
 from keras.src.distribution import distribution_lib
 
 
@@ -25,7 +25,7 @@ def as_one_device(model):
     for variable in model.variables:
         stored = variable._value
         if isinstance(stored, DTensor):
-            value = laid_out.gathered(stored)
+            value = streams.gathered_by_writer(stored)
             if keeps:
                 value = torch.nn.Parameter(value, stored.requires_grad)
                 whole.append((variable, stored, value))
