@@ -10,6 +10,9 @@ from keras.src.backend.torch.distribution.mesh import configuration
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.tensors import sharded
 
+# How many numbers are added up at once.
+SUMMED = 1 << 18
+
 # How many steps of training lie between two looks at the weights.
 STEPS_BETWEEN = 100
 
