@@ -31,7 +31,7 @@ def save(path):
     before = _state.is_saving
     _state.is_saving = True
     try:
-        with processes.work(f"saving to {path}"):
+        with processes.work(f"saving to {path}", by_writer=True):
             yield
     finally:
         _state.is_saving = before
@@ -54,7 +54,9 @@ def exists(path):
 
     Collective under a distribution: every process calls it.
     """
-    return processes.any_process(not is_other() and file_utils.exists(path))
+    return processes.any_process(
+        not is_other() and file_utils.exists(path), by_writer=True
+    )
 
 
 def makedirs(path):
@@ -97,7 +99,7 @@ def on_all(function, path, *args, **kwargs):
     Args:
         path: what is written, for errors.
     """
-    with processes.work(f"writing {path}"):
+    with processes.work(f"writing {path}", by_writer=True):
         return function(*args, **kwargs)
 
 

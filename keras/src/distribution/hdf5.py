@@ -255,7 +255,9 @@ class WrittenByOne:
     def _agreement(self):
         if not self._agrees:
             return contextlib.nullcontext()
-        return processes.work(f"writing {getattr(self, 'path_or_io', '')}")
+        return processes.work(
+            f"writing {getattr(self, 'path_or_io', '')}", by_writer=True
+        )
 
 
 class InPieces:

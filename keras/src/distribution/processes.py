@@ -58,13 +58,15 @@ def distribution_of(model):
 
 
 @_of_distribution
-def work(what):
+def work(what, by_writer=False):
     """Within it, what one process raises, all raise.
 
     Collective under a distribution: every process enters it.
 
     Args:
         what: string, what is done, for errors.
+        by_writer: whether it is done when the process that writes has done its
+            part, who then ends it without the others, if they are not in it.
 
     Yields:
         An object with a bool `flag`, to be set by a process; afterwards it
@@ -74,10 +76,15 @@ def work(what):
 
 
 @_of_distribution
-def any_process(flag):
+def any_process(flag, by_writer=False):
     """Whether a flag is set on any process.
 
     Collective under a distribution: every process calls it.
+
+    Args:
+        flag: bool.
+        by_writer: whether the process that writes alone may set it, who then
+            needs nobody to know the answer.
     """
     return bool(flag)
 

@@ -231,7 +231,7 @@ def convert_to_numpy(x):
     if isinstance(x, streams.Absent):
         return x
     if any(_is_sharded(e) for e in (x if _is_list(x) else [x])):
-        together.go_on()
+        together.go_on("weights that are read")
     if isinstance(x, DTensor):
         x = laid_out.gathered(x)
     elif _is_list(x):

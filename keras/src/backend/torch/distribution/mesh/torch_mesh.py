@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from keras.src.backend.torch.distribution import private
+from keras.src.backend.torch.distribution.mesh import meeting
 from keras.src.backend.torch.distribution.mesh import process_group
 
 # Configuration -> torch mesh, of the process group `_GROUP[0]` refers to. Every
@@ -37,6 +38,7 @@ def to_torch_mesh(device_mesh):
     if _GROUP[0]() is not dist.group.WORLD:
         _MESHES.clear()
         _GROUP[0] = weakref.ref(dist.group.WORLD)
+        meeting.open_group()
         process_group.before_leaving(release_groups)
     key = configuration(device_mesh)
     if key not in _MESHES:

@@ -51,6 +51,20 @@ CALLS = frozenset(
 )
 
 
+ADVICE = (
+    "What communicates (`fit`, `evaluate`, `predict`, `save`, reading weights) "
+    "must be called by every process, in the same order and on the same data. "
+    "Do not put it behind `if process_id() == 0`."
+)
+
+# The `Watch` of this process, None without one.
+_current = [None]
+
+
+class WaitsForEver(RuntimeError):
+    """All processes wait, and not in one collective."""
+
+
 def _folder(*path):
     return os.path.join(os.path.realpath(os.path.join(*path)), "")
 
@@ -156,12 +170,16 @@ class Watch:
         # when the others were asked, and what they had answered before.
         self._looks, self._count, self._asked = 0, None, None
         self._period = min(PERIOD, patience / 4)
+        # Where the main thread waits for all processes to come, or None; what
+        # they all did when they were asked; and why they never will.
+        self.place, self._stand, self.verdict = None, None, None
         self._over = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="keras-watch", daemon=True
         )
 
     def start(self):
+        _current[0] = self
         self._thread.start()
 
     def stop(self):
@@ -171,6 +189,7 @@ class Watch:
         nothing any more: torch would complain of each answer that is missing.
         """
         is_watching = not self._over.is_set()
+        _current[0] = None
         self._over.set()
         self._thread.join(2 * TIMEOUT)
         has_failed = getattr(sys, "last_value", None) is not None
@@ -214,6 +233,7 @@ class Watch:
         place, now = Place(frame), time.monotonic()
         if (str(place), clock) != self._seen:
             self._since, self._seen = now, (str(place), clock)
+        still = now - self._since if place.communicates else 0.0
         is_still = now - self._since >= self.patience
         if is_still:
             place = Place(frame, closely=True)
@@ -222,12 +242,44 @@ class Watch:
             "looks": self._looks,
             "place": str(place),
             "waits": is_still and place.communicates,
+            "still": still,
+            "meets": self.place,
         }
         self.store.set(KEY.format(self.rank), json.dumps(said))
+        if self.place is None or still < self.patience / 2:
+            self._stand = None
+        else:
+            self._judge(now)
         if not said["waits"]:
             self._count, self._asked = self.store.add(COUNT, 0), None
         elif self._count is not None:
             self._ask(now)
+
+    def _judge(self, now):
+        """Finds out whether all processes wait, some of them where nobody
+        meets this one: then they do for ever."""
+        if self._stand is None:
+            self._stand = now, self._read()
+        since, before = self._stand
+        if now - since < 2 * self._period:
+            return
+        answers = self._read()
+        self._stand = now, answers
+        if len(answers) < self.world or len(before) < self.world:
+            return
+        said = list(answers.values())
+        if (
+            all(
+                a["looks"] > before[rank]["looks"]
+                for rank, a in answers.items()
+            )
+            and all(a["still"] >= self.patience / 2 for a in said)
+            and any(a["meets"] is None for a in said)
+        ):
+            said = [{**a, "waits": True} for a in said]
+            self.verdict = describe(
+                dict(enumerate(said)), self.world, self.patience / 2
+            )
 
     def _ask(self, now):
         """Says, some looks later, what all do; unless another has, in this
@@ -255,6 +307,46 @@ class Watch:
         }
 
 
+def processes(ranks):
+    """How some processes are called."""
+    return f"process{'es' if len(ranks) > 1 else ''} " + ", ".join(
+        map(str, ranks)
+    )
+
+
+def wait(work, place):
+    """Waits for a collective that every process comes to, sooner or later.
+
+    Args:
+        work: of the collective.
+        place: string, where this process is.
+
+    Raises:
+        WaitsForEver: where all processes have waited for half as long as it
+            takes until that is said, some of them in other collectives.
+    """
+    watch = _current[0]
+    if watch is None:
+        work.wait()
+        return
+    watch.place, watch.verdict = place, None
+    try:
+        while True:
+            try:
+                work.wait(datetime.timedelta(seconds=PERIOD))
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            if watch.verdict is not None:
+                raise WaitsForEver(
+                    f"This process would wait for ever at {place}. "
+                    f"{watch.verdict}"
+                )
+    finally:
+        watch.place = None
+
+
 def describe(answers, world, patience):
     """The paragraph that is said.
 
@@ -271,19 +363,12 @@ def describe(answers, world, patience):
         else:
             verb = "waiting" if said["waits"] else "busy"
             groups[f"{verb}, {said['place']}"].append(rank)
-    lines = [
-        f"  process{'es' if len(ranks) > 1 else ''} "
-        f"{', '.join(map(str, ranks))}: {what}"
-        for what, ranks in groups.items()
-    ]
+    lines = [f"  {processes(ranks)}: {what}" for what, ranks in groups.items()]
     return "\n".join(
         [
             f"Processes have waited for others for {patience:g} s:",
             *lines,
-            "What communicates (`fit`, `evaluate`, `predict`, `save`, reading "
-            "weights) must be called by every process, in the same order and "
-            "on the same data. Do not put it behind `if process_id() == 0`. "
-            f"({VARIABLE}=0 turns this off.)",
+            f"{ADVICE} ({VARIABLE}=0 turns this off.)",
         ]
     )
 
