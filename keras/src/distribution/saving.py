@@ -125,10 +125,24 @@ def _is_alive(pid):
 
 
 def _move(source, destination):
-    """Moves what is in a folder into another, and replaces files there."""
-    for path in source.iterdir():
+    """Moves what is in a folder into another, and replaces files there.
+
+    One file takes the place of another at once. Of several files, the one
+    that the others are read by goes first and comes last, so that what a
+    killed process leaves is never read as one model.
+    """
+    paths = sorted(source.iterdir(), key=_is_read_first)
+    for path in paths if len(paths) > 1 else []:
+        if _is_read_first(path):
+            (destination / path.name).unlink(missing_ok=True)
+    for path in paths:
         target = destination / path.name
         if path.is_dir() and target.is_dir():
             _move(path, target)
         else:
             os.replace(path, target)
+
+
+def _is_read_first(path):
+    """Whether it is the file that says what the others are."""
+    return path.name == "config.json" or path.name.endswith(".weights.json")

@@ -167,9 +167,15 @@ class Variable(upstream.Variable):
         self._origin = None
         layout = laid_out.layout_of(self._value)
         part = value.read_part(laid_out.ranges(layout))
-        part = upstream.convert_to_tensor(part, dtype=self._dtype)
+        local = sharded.local_of(self._value)
+        if part.dtype.isbuiltin == 1 and part.dtype == streams.numpy_dtype(
+            local.dtype
+        ):
+            part = torch.from_numpy(part)
+        else:
+            part = upstream.convert_to_tensor(part, dtype=self._dtype)
         with torch.no_grad():
-            sharded.local_of(self._value).copy_(part)
+            local.copy_(part)
         return self._value
 
     @modes.direct()

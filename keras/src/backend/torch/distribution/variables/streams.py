@@ -33,14 +33,15 @@ def to_write(value):
     stored = getattr(value, "_value", value)
     if not isinstance(stored, torch.Tensor) or stored.is_meta:
         return value
-    dtype = _numpy_dtype(stored.dtype)
+    dtype = numpy_dtype(stored.dtype)
     if dtype is None:
         return value
     if isinstance(stored, DTensor):
         if laid_out.layout_of(stored).is_partial:
             return value
         return Pieces(stored, dtype)
-    return value if process_group.is_first() else Absent(stored, dtype)
+    kind = Whole if process_group.is_first() else Absent
+    return kind(stored, dtype)
 
 
 def gathered_by_writer(stored):
@@ -77,6 +78,17 @@ class Absent:
         return iter(())
 
 
+class Whole(Absent):
+    """A value that every process has, on the one that writes it."""
+
+    def __init__(self, x, dtype):
+        super().__init__(x, dtype)
+        self._x = x
+
+    def __iter__(self):
+        yield ..., _as_numpy(self._x.detach().cpu().contiguous())
+
+
 class Pieces(Absent):
     """A weight of which each process stores a shard.
 
@@ -96,7 +108,8 @@ class Pieces(Absent):
             yield rows, _as_numpy(piece)
 
 
-def _numpy_dtype(dtype):
+def numpy_dtype(dtype):
+    """numpy's, None where it has none."""
     if dtype == torch.bfloat16:
         return np.dtype(ml_dtypes.bfloat16)
     try:
