@@ -125,6 +125,15 @@ def is_in_pieces(value):
     return False
 
 
+@_of_backend
+def sharded_checkpoints():
+    """The module that saves and restores sharded checkpoints."""
+    raise NotImplementedError(
+        "Sharded checkpoints are there for the torch backend. Use "
+        "`keras.callbacks.OrbaxCheckpoint`."
+    )
+
+
 # ---- rows of a batch ---------------------------------------------------------
 
 

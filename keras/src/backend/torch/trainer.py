@@ -26,6 +26,8 @@ from keras.src.backend.torch.distribution.training import checks
 from keras.src.backend.torch.distribution.training import feeding
 from keras.src.backend.torch.distribution.training import logs as logs_lib
 from keras.src.backend.torch.distribution.training import metric_states
+from keras.src.backend.torch.distribution.training import position
+from keras.src.backend.torch.distribution.training import preemption
 
 __all__ = ["TorchEpochIterator", "TorchTrainer"]
 
@@ -55,7 +57,8 @@ class TorchTrainer(upstream.TorchTrainer):
         return self.predict_function
 
     def fit(self, *args, **kwargs):
-        return self._run("fit", args, kwargs)
+        with position.of_fit(self), preemption.of_fit(self):
+            return self._run("fit", args, kwargs)
 
     def evaluate(self, *args, **kwargs):
         return self._run("evaluate", args, kwargs)
@@ -76,6 +79,8 @@ class TorchTrainer(upstream.TorchTrainer):
             return super().predict_on_batch(*args, **kwargs)
 
     def _symbolic_build(self, iterator=None, data_batch=None):
+        if isinstance(iterator, TorchEpochIterator):
+            position.follow(self, iterator.position)
         context = current()
         if context is not None and context.data_size > 1:
             if iterator is not None and context.auto_shard:
@@ -112,6 +117,13 @@ class TorchTrainer(upstream.TorchTrainer):
             arguments["verbose"] = 0
         _check_call(self, name, arguments)
         return method(**arguments)
+
+    def _get_metrics_result_or_logs(self, logs):
+        here = position.of(self)
+        if not logs and here is not None and here.steps:
+            # All steps of the epoch were done before it was restored.
+            return self.get_metrics_result()
+        return super()._get_metrics_result_or_logs(logs)
 
     def _takes_sharded_outputs(self):
         """Whether loss and step are Keras's own, and the loss of the kind
@@ -297,15 +309,19 @@ class Step:
     def reduce(self, reduce_logs, logs, states, facts, context):
         """Global logs; stops if any process wants to, fails if they differ."""
         ballot = agreement.Ballot(facts)
-        logs, (stop, *sums) = reduce_logs(
+        asked = preemption.of(self.model)
+        is_asked = asked is not None and asked.asked
+        logs, (stop, is_asked, *sums) = reduce_logs(
             self.model.metrics,
             states,
             logs,
-            [float(self.wants_to_stop), *ballot.numbers],
+            [float(self.wants_to_stop), float(is_asked), *ballot.numbers],
             context,
         )
         ballot.check(sums, f"in a {self.name.replace('_', ' ')}")
         self.wants_to_stop = bool(stop)
+        if asked is not None:
+            asked.agreed |= bool(is_asked)
         return logs
 
     # Nobody asks an evaluation or a prediction to stop.
@@ -391,6 +407,7 @@ def _check_call(model, name, arguments):
 
 class TorchEpochIterator(upstream.TorchEpochIterator):
     def __init__(self, x, y=None, sample_weight=None, **kwargs):
+        self.position = position.Position()
         context = current()
         self._is_sharded = context is not None
         if self._is_sharded:
@@ -404,9 +421,21 @@ class TorchEpochIterator(upstream.TorchEpochIterator):
             )
             y = sample_weight = None
         super().__init__(x, y, sample_weight, **kwargs)
+        self.position.is_made_anew = self.steps_per_epoch is None
+
+    def _get_iterator(self):
+        if not self.position.is_followed:
+            return super()._get_iterator()
+        return self.position.follow(super()._get_iterator)
+
+    def __iter__(self):
+        super().__iter__()
+        self.position.leave_out(self)
+        return self
 
     def __next__(self):
         begin_step, end_step, batches = super().__next__()
+        self._steps_seen += self.position.pop_seen()
         if self._is_sharded:
             return begin_step, end_step, batches[0]
         return begin_step, end_step, batches

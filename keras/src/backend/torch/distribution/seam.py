@@ -39,6 +39,7 @@ __all__ = [
     "own_rows",
     "share_of_rows",
     "share_of_sum",
+    "sharded_checkpoints",
     "spans_rows",
     "sum_over_rows",
     "work",
@@ -55,6 +56,13 @@ def is_in_pieces(value):
 
 def is_distributed():
     return current() is not None
+
+
+def sharded_checkpoints():
+    # Here, as it takes a tenth of a second to import.
+    from keras.src.backend.torch.distribution.checkpoints import checkpoint
+
+    return checkpoint
 
 
 def share_of_rows():

@@ -1,1 +1,1 @@
-"""`fit` and its like: batches that enter, metrics and logs, checks, files."""
+"""`fit` and its like: batches that enter, metrics and logs, checks, files, where it goes on."""
