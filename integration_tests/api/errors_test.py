@@ -310,8 +310,8 @@ def test_orbax_checkpoint():
     with keras.distribution.DataParallel().scope():
         assert_all_say(
             lambda: keras.callbacks.OrbaxCheckpoint("some/folder"),
+            "ShardedCheckpoint",
             "ModelCheckpoint",
-            "BackupAndRestore",
             "some/folder",
         )
 

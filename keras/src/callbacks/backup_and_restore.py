@@ -1,5 +1,88 @@
-"""Overlay: process 0 alone makes and removes files; all wait for it."""
+"""Overlay: a backup is complete or not there, and has the random states too.
 
+Process 0 alone makes and removes files; all wait for it.
+"""
+
+import json
+import os
+
+from keras.src.api_export import keras_export
+from keras.src.callbacks import backup_and_restore as upstream
 from keras.src.distribution import files as file_utils
+from keras.src.distribution import processes
 
-__all__ = ["file_utils"]
+__all__ = ["BackupAndRestore", "file_utils"]
+
+
+@keras_export("keras.callbacks.BackupAndRestore")
+class BackupAndRestore(upstream.BackupAndRestore):
+    __doc__ = upstream.BackupAndRestore.__doc__
+
+    # Weights and what is said of them are two files. Both are written under
+    # other names; from the moment when the second has its name, both are to
+    # be moved, now or, where the program is killed, at the next start.
+
+    @property
+    def _new_paths(self):
+        return (
+            file_utils.join(self.backup_dir, "new.weights.h5"),
+            file_utils.join(self.backup_dir, "new_training_metadata.json"),
+        )
+
+    def _load_model(self):
+        if not self._is_remote():
+            self._move()
+        super()._load_model()
+        if file_utils.exists(self._training_metadata_path):
+            with file_utils.File(self._training_metadata_path, "r") as f:
+                states = json.loads(f.read()).get("random_states")
+            if states is not None:
+                processes.set_random_states(self.model, states)
+
+    def _save_model(self):
+        if self._is_remote():
+            super()._save_model()
+            return
+        if not file_utils.exists(self.backup_dir):
+            file_utils.makedirs(self.backup_dir)
+        if self.double_checkpoint:
+            for path, previous in (
+                (self._weights_path, self._prev_weights_path),
+                (
+                    self._training_metadata_path,
+                    self._prev_training_metadata_path,
+                ),
+            ):
+                if file_utils.exists(path):
+                    file_utils.copy(path, previous)
+        weights, metadata = self._new_paths
+        self.model.save_weights(filepath=weights, overwrite=True)
+        said = {"epoch": self._current_epoch, "batch": self._last_batch_seen}
+        # From within an epoch, Keras begins the epoch again.
+        if self.save_freq == "epoch":
+            said["random_states"] = processes.random_states(self.model)
+        with file_utils.File(f"{metadata}.tmp", "w") as f:
+            f.write(json.dumps(said))
+        self._replace(f"{metadata}.tmp", metadata)
+        self._move()
+
+    def _move(self):
+        """Moves a new backup to its place, if there is one.
+
+        Collective under a distribution: every process calls it.
+        """
+        weights, metadata = self._new_paths
+        if not file_utils.exists(metadata):
+            return
+        if file_utils.exists(weights):
+            self._replace(weights, self._weights_path)
+        self._replace(metadata, self._training_metadata_path)
+
+    def _replace(self, source, destination):
+        file_utils.on_all(
+            lambda: file_utils.is_other() or os.replace(source, destination),
+            destination,
+        )
+
+    def _is_remote(self):
+        return file_utils.is_remote_path(self.backup_dir)

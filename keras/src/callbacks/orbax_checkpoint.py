@@ -25,7 +25,8 @@ def _check_alone(directory):
     if processes.is_distributed():
         raise NotImplementedError(
             "`OrbaxCheckpoint` does not work with several processes on the "
-            "torch backend. Use `keras.callbacks.ModelCheckpoint` to save the "
-            "model, or `keras.callbacks.BackupAndRestore` to go on after an "
-            f"interruption. Received: directory={directory}"
+            "torch backend. Use `keras.callbacks.ShardedCheckpoint`, which "
+            "takes the same arguments, or `keras.callbacks.ModelCheckpoint` "
+            "for a file that one device loads. Received: "
+            f"directory={directory}"
         )

@@ -126,6 +126,18 @@ def is_in_pieces(value):
 
 
 @_of_backend
+def random_states(model):
+    """The states of all random generators that a training draws from, of
+    which JSON can be made; None where nobody knows them."""
+    return None
+
+
+@_of_backend
+def set_random_states(model, states):
+    """Puts back what `random_states` gave."""
+
+
+@_of_backend
 def sharded_checkpoints():
     """The module that saves and restores sharded checkpoints."""
     raise NotImplementedError(

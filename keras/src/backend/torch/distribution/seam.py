@@ -18,6 +18,9 @@ from keras.src.backend.torch.distribution.ops import operators
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.training import metric_states
 from keras.src.backend.torch.distribution.training import put_off
+from keras.src.backend.torch.distribution.training import (
+    random_states as random_states_lib,
+)
 from keras.src.backend.torch.distribution.training.one_device import (
     as_one_device,
 )
@@ -37,6 +40,8 @@ __all__ = [
     "is_writer",
     "metric_result",
     "own_rows",
+    "random_states",
+    "set_random_states",
     "share_of_rows",
     "share_of_sum",
     "sharded_checkpoints",
@@ -56,6 +61,14 @@ def is_in_pieces(value):
 
 def is_distributed():
     return current() is not None
+
+
+def random_states(model):
+    return random_states_lib.of_model(model)
+
+
+def set_random_states(model, states):
+    random_states_lib.set_of_model(model, states)
 
 
 def sharded_checkpoints():

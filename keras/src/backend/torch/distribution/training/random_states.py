@@ -5,6 +5,10 @@ import random
 import numpy as np
 import torch
 
+from keras.src.backend.common import global_state
+from keras.src.backend.torch import core
+from keras.src.random import seed_generator
+
 
 def get():
     """The states now, to be written as JSON."""
@@ -30,6 +34,46 @@ def set(states):
     torch.set_rng_state(_bytes(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(states["cuda"]))
+
+
+def of_model(model):
+    """As `get`, with the seeds that a model and Keras count on."""
+    states = get()
+    states["seeds"] = [_numbers(s) for s in _seeds_of(model)]
+    generator = global_state.get_global_attribute(
+        seed_generator.GLOBAL_SEED_GENERATOR
+    )
+    states["seed"] = None if generator is None else _numbers(generator.state)
+    return states
+
+
+def set_of_model(model, states):
+    """Puts back what `of_model` gave."""
+    seeds = _seeds_of(model)
+    if len(seeds) != len(states["seeds"]):
+        raise ValueError(
+            f"The model has {len(seeds)} seed generators, and those of "
+            f"{len(states['seeds'])} were saved. Build the model as the "
+            "program did that saved it."
+        )
+    for seed, numbers in zip(seeds, states["seeds"]):
+        seed.assign(numbers)
+    if states["seed"] is not None:
+        # It is made when it is first used.
+        seed_generator.global_seed_generator().state.assign(states["seed"])
+    set(states)
+
+
+def _seeds_of(model):
+    seeds = {}
+    for layer in model._flatten_layers():
+        for generator in layer._seed_generators:
+            seeds[id(generator)] = generator.state
+    return list(seeds.values())
+
+
+def _numbers(seed):
+    return core.convert_to_numpy(seed).tolist()
 
 
 def _bytes(text):

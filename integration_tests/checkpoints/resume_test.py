@@ -1,0 +1,322 @@
+"""A `fit` that was broken off goes on as if it had not been."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import keras
+from integration_tests.harness import everyone
+from integration_tests.harness import parity
+from keras import callbacks
+from keras import layers
+
+pytestmark = [pytest.mark.world(2), pytest.mark.limit(90)]
+
+FEATURES, ROWS, BATCH, EPOCHS = 4, 11, 3, 3
+
+
+def arrays():
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((ROWS, FEATURES)).astype("float32")
+    return x, x.sum(1, keepdims=True)
+
+
+def make_model():
+    model = keras.Sequential(
+        [
+            keras.Input((FEATURES,)),
+            layers.Dense(6, "tanh", name="up"),
+            layers.Dropout(0.3),
+            layers.BatchNormalization(),
+            layers.Dense(1, name="down"),
+        ]
+    )
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9), "mse", metrics=["mae"]
+    )
+    return model
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __init__(self):
+        self.x, self.y = arrays()
+
+    def __len__(self):
+        return ROWS
+
+    def __getitem__(self, index):
+        noise = torch.randn(FEATURES).numpy() + np.random.rand()
+        return self.x[index] + noise.astype("float32"), self.y[index]
+
+
+def endless():
+    x, y = arrays()
+    while True:
+        rows = np.random.permutation(ROWS)[:BATCH]
+        yield x[rows], y[rows]
+
+
+SOURCES = {
+    "arrays": lambda: {
+        **dict(zip("xy", arrays())),
+        "batch_size": BATCH,
+        "validation_data": arrays(),
+    },
+    "loader": lambda: {
+        "x": torch.utils.data.DataLoader(Noisy(), BATCH, shuffle=True)
+    },
+    "endless": lambda: {"x": endless(), "steps_per_epoch": 4},
+    "parts": lambda: {
+        **dict(zip("xy", arrays())),
+        "batch_size": BATCH,
+        "steps_per_epoch": 3,
+    },
+}
+
+
+def make_distribution(name):
+    if name == "data":
+        return keras.distribution.DataParallel()
+    layouts = {"up/kernel": (None, "model"), "down/kernel": ("model", None)}
+    return parity.model_parallel((1, 2), layouts)
+
+
+class Interrupt(callbacks.Callback):
+    """Breaks off at the end of a batch, counted from one."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.left = batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if not self.left:
+            raise KeyError("interrupted")
+
+
+def fit(source, folder, *others, **options):
+    """Trains a new model. Returns its history, and the weights."""
+    options = {"save_freq": 2, **options}
+    model = make_model()
+    checkpoint = callbacks.ShardedCheckpoint(folder, **options)
+    history = model.fit(
+        **SOURCES[source](),
+        epochs=EPOCHS,
+        verbose=0,
+        callbacks=[checkpoint, *others],
+    ).history
+    return {k: list(v) for k, v in history.items()}, model.get_weights()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_as_if_it_had_not_been_broken_off(name, source, rank, tmp_path):
+    history, expected = None, None
+    with parity.fresh(make_distribution(name), 5):
+        history, expected = fit(source, tmp_path / "whole")
+    for stop in (3, 6, 8):
+        folder = tmp_path / str(stop)
+        with parity.fresh(make_distribution(name), 5):
+            with pytest.raises(KeyError):
+                fit(source, folder, Interrupt(stop))
+            everyone.gather(None)
+        # Another program, that draws otherwise until it goes on.
+        with parity.fresh(make_distribution(name), 6):
+            rest, weights = fit(source, folder)
+        for a, b in zip(weights, expected):
+            np.testing.assert_array_equal(a, b)
+        for key, values in rest.items():
+            # Sums of a metric are added up in another order.
+            parity.assert_same(values, history[key][-len(values) :], 1e-6)
+
+
+def test_epochs_and_the_best(rank, tmp_path):
+    options = {"save_freq": "epoch", "max_to_keep": None}
+    with parity.fresh(make_distribution("data"), 5):
+        _, expected = fit("arrays", tmp_path / "whole", **options)
+    with parity.fresh(make_distribution("data"), 5):
+        with pytest.raises(KeyError):
+            fit("arrays", tmp_path / "part", Interrupt(7), **options)
+        everyone.gather(None)
+        names = sorted(p.name for p in (tmp_path / "part").glob("step*"))
+        assert names == ["step-00000004"]
+    with parity.fresh(make_distribution("data"), 6):
+        _, weights = fit("arrays", tmp_path / "part", **options)
+    for a, b in zip(weights, expected):
+        np.testing.assert_array_equal(a, b)
+    # At its end nothing is left to be trained.
+    with parity.fresh(make_distribution("data"), 6):
+        history, weights = fit("arrays", tmp_path / "part", **options)
+    assert history == {}
+    for a, b in zip(weights, expected):
+        np.testing.assert_array_equal(a, b)
+    with parity.fresh(make_distribution("data"), 5):
+        history, _ = fit(
+            "arrays",
+            tmp_path / "best",
+            save_freq="epoch",
+            save_best_only=True,
+            max_to_keep=None,
+        )
+        best, count = np.inf, 0
+        for loss in history["val_loss"]:
+            count += loss < best
+            best = min(best, loss)
+        everyone.gather(None)
+        assert len(list((tmp_path / "best").glob("step*"))) == count
+
+
+def test_on_another_mesh(rank, tmp_path):
+    """Without what rows draw, which differs between data shards."""
+    before = make_model
+
+    def fit_without(folder, *others):
+        model = before()
+        model.layers[1].rate = 0.0
+        checkpoint = callbacks.ShardedCheckpoint(folder, save_freq=2)
+        x, y = arrays()
+        model.fit(
+            *(x, y, BATCH, EPOCHS, 0, [checkpoint, *others]),
+        )
+        return model.get_weights()
+
+    expected = parity.on_one_device(
+        lambda: one_session(lambda: fit_without(tmp_path / "alone"))
+    )
+    with parity.fresh(make_distribution("data"), 5):
+        with pytest.raises(KeyError):
+            fit_without(tmp_path / "part", Interrupt(7))
+        everyone.gather(None)
+    with parity.fresh(make_distribution("model"), 6):
+        with pytest.raises(KeyError):
+            fit_without(tmp_path / "part", Interrupt(3))
+        everyone.gather(None)
+    # One process goes on alone.
+    actual = parity.on_one_device(
+        lambda: one_session(lambda: fit_without(tmp_path / "part"), 6)
+    )
+    parity.assert_same(actual, expected, 1e-6)
+
+
+def one_session(function, seed=5):
+    with parity.fresh(None, seed):
+        return function()
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_preemption(asked, rank, tmp_path, capsys):
+    class Asks(callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if int(self.model.optimizer.iterations) == 5 and rank == asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    options = {"save_freq": "epoch"}
+    with parity.fresh(make_distribution("data"), 5):
+        _, expected = fit("arrays", tmp_path / "whole", **options)
+    with parity.fresh(make_distribution("data"), 5):
+        with pytest.raises(SystemExit) as caught:
+            fit("arrays", tmp_path / "part", Asks(), **options)
+        assert caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is before
+        everyone.gather(None)
+        names = [p.name for p in (tmp_path / "part").glob("step*")]
+        assert names == ["step-00000006"]
+    said = capsys.readouterr().out
+    assert ("SIGTERM: training ends after step 6" in said) == (rank == 0)
+    with parity.fresh(make_distribution("data"), 6):
+        _, weights = fit("arrays", tmp_path / "part", **options)
+    for a, b in zip(weights, expected):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_backup_and_restore(rank, tmp_path):
+    """Seeds and random states are in a backup too."""
+
+    def run(folder, *others):
+        model = make_model()
+        backup = callbacks.BackupAndRestore(folder, delete_checkpoint=False)
+        model.fit(
+            **SOURCES["arrays"](),
+            epochs=EPOCHS,
+            verbose=0,
+            callbacks=[backup, *others],
+        )
+        return model.get_weights()
+
+    with parity.fresh(make_distribution("data"), 5):
+        expected = run(tmp_path / "whole")
+    with parity.fresh(make_distribution("data"), 5):
+        with pytest.raises(KeyError):
+            run(tmp_path / "part", Interrupt(7))
+        everyone.gather(None)
+    with parity.fresh(make_distribution("data"), 6):
+        for a, b in zip(run(tmp_path / "part"), expected):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_backup_is_whole_or_not_there(moved, rank, tmp_path, monkeypatch):
+    """Killed when so many of its files are at their place."""
+    killed, released, count = [False], os.replace, [0]
+
+    def replace(source, destination):
+        if str(destination).startswith(str(tmp_path)):
+            if killed[0] or (
+                "new_" not in str(destination) and count[0] == moved
+            ):
+                killed[0] = True
+                raise KeyError("killed")
+            if "new_" not in str(destination) and "latest" in str(source) + (
+                str(destination)
+            ):
+                count[0] += 1
+        released(source, destination)
+
+    def run(folder, *others):
+        model = make_model()
+        backup = callbacks.BackupAndRestore(folder, delete_checkpoint=False)
+        model.fit(
+            **SOURCES["arrays"](),
+            epochs=EPOCHS,
+            verbose=0,
+            callbacks=[*others, backup],
+        )
+        return model.get_weights()
+
+    with parity.fresh(make_distribution("data"), 5):
+        expected = run(tmp_path / "whole")
+
+    class Kills(callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 1:
+                count[0] = 0
+                monkeypatch.setattr(os, "replace", replace)
+
+    with parity.fresh(make_distribution("data"), 5):
+        outcomes = everyone.outcomes(lambda: run(tmp_path / "part", Kills()))
+        monkeypatch.setattr(os, "replace", released)
+    assert moved == 2 or all("killed" in o for o in outcomes), outcomes
+    with parity.fresh(make_distribution("data"), 6):
+        for a, b in zip(run(tmp_path / "part"), expected):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_of_one_device(rank, tmp_path):
+    """Without a distribution too."""
+
+    def program():
+        history, expected = one_session(
+            lambda: fit("loader", tmp_path / "whole")
+        )
+        with pytest.raises(KeyError):
+            one_session(lambda: fit("loader", tmp_path / "a", Interrupt(7)))
+        _, weights = one_session(lambda: fit("loader", tmp_path / "a"), 6)
+        return [np.array_equal(a, b) for a, b in zip(weights, expected)]
+
+    assert all(parity.on_one_device(program))
+    assert dist.get_world_size() == 2
