@@ -36,7 +36,7 @@ def make_model():
         ]
     )
     model.compile(
-        keras.optimizers.SGD(0.1, momentum=0.9), "mse", metrics=["mae"]
+        keras.optimizers.SGD(0.01, momentum=0.9), "mse", metrics=["mae"]
     )
     return model
 
@@ -49,7 +49,7 @@ class Noisy(torch.utils.data.Dataset):
         return ROWS
 
     def __getitem__(self, index):
-        noise = torch.randn(FEATURES).numpy() + np.random.rand()
+        noise = torch.randn(FEATURES).numpy() * np.random.rand()
         return self.x[index] + noise.astype("float32"), self.y[index]
 
 
@@ -115,10 +115,10 @@ def fit(source, folder, *others, **options):
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", ["data", "model"])
 def test_as_if_it_had_not_been_broken_off(name, source, rank, tmp_path):
-    history, expected = None, None
     with parity.fresh(make_distribution(name), 5):
         history, expected = fit(source, tmp_path / "whole")
-    for stop in (3, 6, 8):
+    assert all(np.isfinite(w).all() for w in expected)
+    for stop in (3, 6, 7):
         folder = tmp_path / str(stop)
         with parity.fresh(make_distribution(name), 5):
             with pytest.raises(KeyError):
