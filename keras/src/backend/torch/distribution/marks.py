@@ -13,6 +13,8 @@ CONTEXT = "_torch_context"  # its `mesh.context.Context`
 
 MADE_UNDER = "_torch_made_under"  # the `Context` in which it was made
 CHECKED = "_keras_checked_for"  # the `Context` in which its layout was checked
+POSITION = "_keras_position"  # where its `fit` is: `training.position`
+PREEMPTION = "_keras_preemption"  # whether its `fit` was asked to end
 
 # ---- on a layer
 

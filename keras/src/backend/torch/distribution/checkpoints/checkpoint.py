@@ -148,7 +148,7 @@ def restore(model, path, weights_only=False):
                 result.metrics.append((variables[name], copy))
         reading.fill(reader, targets)
         for variable in variables.values():
-            variable._initial_checksum = variable.written = None
+            variable._origin = variable.written = None
         if is_training and own is not None:
             random_states.set(own["random"])
     return result

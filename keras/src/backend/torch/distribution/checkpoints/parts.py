@@ -57,19 +57,15 @@ def stored(value):
         shape = tuple(value.shape)
         return Part(shape, (0,) * len(shape), value.detach()), world, rank
     layout = laid_out.layout_of(value)
-    mesh, offsets = layout.mesh, [0] * len(layout.shape)
-    for dim, axis, size in laid_out.levels(layout):
-        start, _ = collectives.shard_range(
-            size, mesh.size(axis), mesh.get_local_rank(axis)
-        )
-        offsets[dim] += start
+    mesh = layout.mesh
+    offsets = tuple(start for start, _ in laid_out.ranges(layout))
     copies, index = 1, 0
     for axis, placement in enumerate(layout.placements):
         if not cuts.is_cut(placement):
             index = index * mesh.size(axis) + mesh.get_local_rank(axis)
             copies *= mesh.size(axis)
     local = value._local_tensor.detach()
-    part = Part(layout.shape, tuple(offsets), local)
+    part = Part(layout.shape, offsets, local)
     return part, copies, index
 
 

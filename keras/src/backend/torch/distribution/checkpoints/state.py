@@ -88,12 +88,8 @@ def of(model, weights_only=False):
 
 def _add_entry(state, path, owner):
     """What an object hands to a file of weights."""
-    store = {}
-    if _is_plain_optimizer(owner):
-        # It would hand arrays, gathered.
-        store = {str(i): v for i, v in enumerate(owner.variables)}
-    else:
-        owner.save_own_variables(store)
+    store = _Store()
+    owner.save_own_variables(store)
     name = getattr(owner, "name", None)
     state.entries.append(
         {
@@ -110,10 +106,9 @@ def _add_entry(state, path, owner):
             state.owners[path] = owner
 
 
-def _is_plain_optimizer(owner):
-    return isinstance(owner, BaseOptimizer) and (
-        type(owner).save_own_variables is BaseOptimizer.save_own_variables
-    )
+class _Store(dict):
+    # Optimizers then hand variables, not arrays.
+    takes_variables = True
 
 
 def key_of(path, key):

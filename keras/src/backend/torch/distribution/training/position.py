@@ -9,25 +9,24 @@ whatever the source, as long as it draws from the generators of `torch`,
 
 import contextlib
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.training import random_states
-
-ATTRIBUTE = "_keras_position"
 
 
 @contextlib.contextmanager
 def of_fit(model):
     """Within it, a model is trained by `fit`."""
-    before = model.__dict__.get(ATTRIBUTE)
-    model.__dict__[ATTRIBUTE] = Position()
+    before = model.__dict__.get(marks.POSITION)
+    model.__dict__[marks.POSITION] = Position()
     try:
         yield
     finally:
-        model.__dict__[ATTRIBUTE] = before
+        model.__dict__[marks.POSITION] = before
 
 
 def of(model):
     """The `Position` of the `fit` of a model, None where there is none."""
-    return model.__dict__.get(ATTRIBUTE)
+    return model.__dict__.get(marks.POSITION)
 
 
 def follow(model, position):
@@ -36,7 +35,7 @@ def follow(model, position):
     here = of(model)
     if here is not None and not here.is_followed:
         position.is_followed = True
-        model.__dict__[ATTRIBUTE] = position
+        model.__dict__[marks.POSITION] = position
 
 
 class Position:

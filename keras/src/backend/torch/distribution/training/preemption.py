@@ -8,7 +8,7 @@ import contextlib
 import signal
 import threading
 
-ATTRIBUTE = "_keras_preemption"
+from keras.src.backend.torch.distribution import marks
 
 
 class Preemption:
@@ -49,7 +49,7 @@ def of_fit(model):
         yield
     finally:
         now = of(model)
-        model.__dict__[ATTRIBUTE] = before
+        model.__dict__[marks.PREEMPTION] = before
         if now is not None and now is not before:
             now.leave()
 
@@ -57,11 +57,11 @@ def of_fit(model):
 def listen(model):
     """Listens until the `fit` of a model ends. Returns the `Preemption`."""
     if of(model) is None:
-        model.__dict__[ATTRIBUTE] = Preemption()
+        model.__dict__[marks.PREEMPTION] = Preemption()
         of(model).listen()
     return of(model)
 
 
 def of(model):
     """The `Preemption` of a model, None where nobody listens."""
-    return model.__dict__.get(ATTRIBUTE)
+    return model.__dict__.get(marks.PREEMPTION)
