@@ -1,7 +1,9 @@
-"""`python -m keras_torch_distribution`: checkpoints and files of weights."""
+"""`python -m keras_torch_distribution`: compares runs, converts checkpoints."""
 
 import argparse
 import os
+
+from keras_torch_distribution import compare
 
 
 def main(arguments=None):
@@ -9,6 +11,13 @@ def main(arguments=None):
         prog="python -m keras_torch_distribution", description=__doc__
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    compare.add_arguments(
+        commands.add_parser(
+            "compare",
+            help="runs a program on one process and on several, and says how "
+            "far losses, gradients and weights are from each other",
+        )
+    )
     to_weights = commands.add_parser(
         "to-weights", help="writes a .weights.h5 file of a sharded checkpoint"
     )
@@ -23,6 +32,8 @@ def main(arguments=None):
     show.add_argument("checkpoint", help="a checkpoint, or a directory")
     arguments = parser.parse_args(arguments)
 
+    if arguments.command == "compare":
+        parser.exit(compare.main(arguments))
     # A command of this backend, whatever the user's is.
     os.environ["KERAS_BACKEND"] = "torch"
     import keras  # noqa: F401

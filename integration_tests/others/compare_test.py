@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from integration_tests.harness.process_set import ROOT
+from keras_torch_distribution import __main__ as command
 from keras_torch_distribution import compare
 
 PROGRAM = """
@@ -72,7 +73,9 @@ def test_a_program(arguments, tmp_path, monkeypatch, capsys):
 def test_a_program_that_fails(tmp_path, capsys):
     script = tmp_path / "train.py"
     script.write_text("raise ValueError('no data')")
-    assert compare.main(options(script)) == 2
+    with pytest.raises(SystemExit) as ended:
+        command.main(["compare", str(script)])
+    assert ended.value.code == 2
     assert "ValueError: no data" in capsys.readouterr().out
     script.write_text("print('trains nothing')")
     assert compare.main(options(script)) == 2
