@@ -35,7 +35,7 @@ def build(folder):
     shutil.copytree(
         released, package, ignore=shutil.ignore_patterns("__pycache__")
     )
-    for path in sorted((PATCH / "src").rglob("*.py")):
+    for path in sorted(PATCH.glob("*/**/*.py")):
         target = package / path.relative_to(PATCH)
         if not target.exists() or path.name.endswith("_test.py"):
             target.parent.mkdir(parents=True, exist_ok=True)
