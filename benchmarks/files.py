@@ -4,15 +4,15 @@ loaded.
     python benchmarks/files.py
     python benchmarks/files.py --processes 4 --layouts fsdp --workload mlp
 
-Each layout gets fresh processes. In MiB: the size of the files; what a process
-reads (`rchar` of `/proc/self/io`, which counts messages of gloo as well: those
-that are handed to it while all save) and makes the disk write (`write_bytes`);
-and how far its resident memory rises over what it was before, at the peak. For
-a load, that is from a model that is built, but for `.keras`, whose model is
-built of the file. The last column is what all processes read, of the files.
+Each layout gets fresh processes. In MiB, by rank: the size of the files; what a
+process reads of files (`rchar` of `/proc/self/io`) and makes the disk write
+(`write_bytes`); and how far its resident memory rises over what it was before,
+at the peak. That is over a model that is built; what is loaded from `.keras` is
+built as well. The last column is what all processes read, of the files' size.
 """
 
 import argparse
+import ctypes
 import gc
 import pathlib
 import shutil
@@ -160,6 +160,8 @@ class used(list):
 
     def __enter__(self):
         gc.collect()
+        # What was freed is not held.
+        ctypes.CDLL(None).malloc_trim(0)
         storage.reset_peak()
         self._before = *_io(), storage.resident_bytes()
         return self
