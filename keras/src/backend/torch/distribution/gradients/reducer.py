@@ -105,8 +105,7 @@ class Reducer:
         local = parameter.detach()
         if isinstance(parameter, DTensor):
             local = sharded.local_of(parameter)
-        like = torch.empty(local.shape, dtype=local.dtype, device="meta")
-        self._likes.append((like, local.device))
+        self._likes.append((_like(local.shape, local.dtype), local.device))
         described = f"{name} {tuple(local.shape)} {local.dtype}"
         self._marks.append(1 + zlib.crc32(described.encode()) % 255)
         reference = weakref.ref(parameter)
@@ -285,6 +284,12 @@ class Reducer:
 
     def parameter(self, number):
         return self._parameters.get(number)
+
+
+# Models that are built and dropped are much alike.
+@functools.lru_cache(maxsize=1024)
+def _like(shape, dtype):
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _no_pass():
