@@ -81,7 +81,7 @@ def test_what_takes_all_is_told_at_once(name, process, model):
         lambda: CALLS[name](model), lambda: fit(model), process
     )
     what = "a prediction" if name == "predict_on_batch" else f"`{name}`"
-    assert_all_are_told(outcomes, f"process {process}: at in {what}", "`fit`")
+    assert_all_are_told(outcomes, f"process {process}: in {what}", "`fit`")
     assert time.monotonic() - start < 10
     assert_in_step(model)
 
@@ -234,4 +234,4 @@ def test_a_save_while_the_others_go_on(cut, then, tmp_path):
         return
     assert done.returncode and not is_saved
     assert "must be called by every process" in done.stderr
-    assert "at saving" in done.stderr
+    assert "(saving)" in done.stderr

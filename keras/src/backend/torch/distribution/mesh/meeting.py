@@ -132,7 +132,7 @@ class _Round:
         if _state.lost is not None:
             raise RuntimeError(
                 "This process has given up waiting for the others once, and "
-                f"cannot meet them at {place}: {_state.lost}"
+                f"cannot meet them again ({place}): {_state.lost}"
             )
         self.place, self.alone = place, alone
         code = zlib.crc32(place.encode())
@@ -161,7 +161,7 @@ class _Round:
             _state.lost = error
             raise ConnectionError(
                 "Another process has left, or failed, while this one waited "
-                f"for it at {place}. {watch.ADVICE}"
+                f"for it ({place}). {watch.ADVICE}"
             ) from error
         flag, failed, depth, first, last, most, least = self.numbers.tolist()
         if failed or first == -last:
@@ -183,7 +183,7 @@ def apart(places):
     ranks = {}
     for rank, place in enumerate(places):
         ranks.setdefault(place, []).append(rank)
-    lines = [f"\n  {watch.processes(r)}: at {p}" for p, r in ranks.items()]
+    lines = [f"\n  {watch.processes(r)}: {p}" for p, r in ranks.items()]
     return (
         "Processes have come to different places of the program, where each "
         f"waits for the others:{''.join(lines)}\n{watch.ADVICE}"

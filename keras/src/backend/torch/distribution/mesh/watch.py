@@ -340,7 +340,7 @@ def wait(work, place):
                     raise
             if watch.verdict is not None:
                 raise WaitsForEver(
-                    f"This process would wait for ever at {place}. "
+                    f"This process would wait for ever ({place}). "
                     f"{watch.verdict}"
                 )
     finally:
