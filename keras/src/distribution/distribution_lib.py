@@ -156,6 +156,12 @@ class Distribution(upstream.Distribution):
     # It holds for draws whose first dim is the rows: a draw whose first dim is
     # one and means all rows is taken for such, where a data shard has one row.
     draw_global_batch = False
+    # Whether weights that the data axis cuts (FSDP) are freed after a layer has
+    # computed with them, and gathered again in backward. False keeps them until
+    # then: one gather less, and the memory of all weights. A dict says it by
+    # the path of a variable: `{".*embeddings": False}`; those whose path
+    # matches no key are freed. (As `reshard_after_forward` of torch's FSDP2.)
+    reshard_after_forward = True
 
     @property
     def batch_axis_names(self):

@@ -350,6 +350,10 @@ class TrainStep(Step):
         step = getattr(self.model.train_step, "__func__", None)
         if step is not TorchTrainer.train_step:
             return super().run(data)
+        if self.is_known:
+            # Keras's step does it too, after the forward pass, beside whose
+            # gathered weights the last gradients would lie.
+            self.model.zero_grad()
         with accumulation.accumulating(self.model.optimizer, current()):
             return super().run(data)
 

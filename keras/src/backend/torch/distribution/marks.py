@@ -21,6 +21,8 @@ PREEMPTION = "_keras_preemption"  # whether its `fit` was asked to end
 STYLE = "_parallel_style"  # the style that a user has put on it
 STYLE_DECISION = "_keras_style_decision"  # how it runs, in which `Context`
 CONTRACTIONS = "_keras_contractions"  # dict: ndim of inputs -> `Contraction`
+READS_DECISION = "_keras_reads_decision"  # whether it owns what is unsharded
+READS = "_keras_reads"  # what its calls have unsharded: `resharding.Reads`
 
 # ---- on a variable of a metric
 
@@ -30,6 +32,15 @@ METRIC_STATE = "_keras_metric_state"  # what it holds between steps
 
 REDUCED = "_keras_is_reduced"  # its gradient is reduced by hooks: a bool
 TAKEN = "_keras_variable_of"  # a torch module's, and a Keras variable too
+
+# ---- on a weight as it is stored
+
+PARTS = "_keras_parts"  # dict: dtype -> `in_flight.Part`, and
+HANDED_OUT = "_keras_handed_out"  # in it, where there has been a `.data`
+
+# ---- on the memory of a tensor
+
+UNSHARDED = "_keras_unsharded"  # its `resharding.Unsharded`, and its index
 
 # ---- on a tensor
 

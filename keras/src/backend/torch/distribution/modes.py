@@ -39,6 +39,7 @@ class _Modes(threading.local):
     direct = False  # torch functions are left to torch
     shows = Shows.OPERAND  # what the innermost of them reads of variables
     gathered = None  # dict of whole weights, inside a layer that repeats itself
+    reads = None  # the `resharding.Reads` of the innermost layer, or None
     shared = None  # list of what the layers inside one share, while it runs
     updates = False  # an optimizer's: what weights meet is equal everywhere
     sharded_outputs = False  # what leaves the outermost layer may be sharded
@@ -82,14 +83,14 @@ class layer_call:
         self.layer = layer
 
     def __enter__(self):
-        self.before = modes.calls, modes.layer, modes.shared
+        self.before = modes.calls, modes.layer, modes.shared, modes.reads
         modes.calls += 1
-        modes.layer = self.layer
+        modes.layer, modes.reads = self.layer, None
         if self.layer._layers:
             modes.shared = []
 
     def __exit__(self, *error):
-        modes.calls, modes.layer, modes.shared = self.before
+        modes.calls, modes.layer, modes.shared, modes.reads = self.before
 
 
 def on_global_batch(step):
@@ -125,6 +126,11 @@ def on_plain_tensors():
 def handing_shards():
     """Within it, torch functions are handed shards."""
     return _set(on_shards=True)
+
+
+def reads(reads):
+    """Within it, what the innermost layer unshards is noted."""
+    return _set(reads=reads)
 
 
 def sharded_outputs():
@@ -178,6 +184,7 @@ def as_now():
         name
         for name in vars(_Modes)
         # These are of one call, not set.
-        if not name.startswith("_") and name not in ("on_shards", "shared")
+        if not name.startswith("_")
+        and name not in ("on_shards", "shared", "reads")
     ]
     return _set(**{name: getattr(modes, name) for name in names})

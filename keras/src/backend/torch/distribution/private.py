@@ -58,6 +58,9 @@ _current_graph_task_id = _named("torch._C", "_current_graph_task_id")
 _peek_interpreter_stack = _named(
     "torch._C._functorch", "peek_interpreter_stack"
 )
+_top_saved_tensors_hooks = _named(
+    "torch._C._autograd", "_top_saved_tensors_default_hooks"
+)
 _engine = _named("torch.autograd", "Variable")._execution_engine
 
 
@@ -70,6 +73,22 @@ def is_in_backward():
     """Whether autograd runs a backward pass in this thread. torch's activation
     checkpointing asks it too."""
     return _current_graph_task_id() != -1
+
+
+def backward_task():
+    """A number of the backward pass under way in this thread."""
+    return _current_graph_task_id()
+
+
+def run_last(node):
+    """Lets a node of autograd's graph run after all others that could run,
+    which have been made later. `_sequence_nr` is what the engine goes by."""
+    node._set_sequence_nr(0)
+
+
+def saved_tensors_hooks():
+    """The innermost hooks on what autograd saves, a pair, or None."""
+    return _top_saved_tensors_hooks(False)
 
 
 def at_end_of_backward(function):

@@ -23,6 +23,7 @@ from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_plain_tensors
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import operators
+from keras.src.backend.torch.distribution.variables import unshard
 from keras.src.ops.operation import Operation
 
 
@@ -57,12 +58,12 @@ def call(layer, context, args, kwargs):
 
 
 def _call_outermost(context, function, args, kwargs):
-    with operators.on_shards(context):
+    with operators.on_shards(context), unshard.forward_pass(context):
         return function(args, kwargs)
 
 
 def _call(layer, context, args, kwargs):
-    with layer_call(layer):
+    with layer_call(layer), unshard.reading(layer, context):
         if modes.gathered is not None or (
             context.model_mesh is None and not plan.is_recurrent(layer)
         ):

@@ -15,7 +15,6 @@ from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import contraction
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.variables import reading
-from keras.src.backend.torch.distribution.variables import unshard
 
 
 class LookupStyle(styles.ShardedStyle):
@@ -55,9 +54,7 @@ def look_up(layer, indices, context):
             own embedding).
     """
     vocabulary, width = layer._embeddings.shape
-    table, table_placements = unshard.operand(
-        reading.read_stored(layer._embeddings), context
-    )
+    table, table_placements = reading.operand_of(layer._embeddings, context)
     indices = indices.to(table.device, torch.long)
     # Keras counts negative indices from the end.
     indices = torch.where(indices < 0, indices + vocabulary, indices)

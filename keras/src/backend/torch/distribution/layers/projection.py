@@ -13,7 +13,6 @@ from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import contraction
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.variables import reading
-from keras.src.backend.torch.distribution.variables import unshard
 
 # Activations of single numbers: they may be computed on any shard.
 ELEMENTWISE = {
@@ -74,9 +73,7 @@ def project(layer, inputs, context):
     Returns:
         The layer's output, as `activations.carry` gives it.
     """
-    kernel, kernel_placements = unshard.operand(
-        reading.read_stored(layer._kernel), context
-    )
+    kernel, kernel_placements = reading.operand_of(layer._kernel, context)
     letters = letters_of(layer, inputs.ndim)
     cut = contraction.operands(
         inputs,
@@ -124,7 +121,7 @@ def _bias(layer, context, placements, letters):
     """
     if layer.bias is None:
         return None
-    bias, held = unshard.operand(reading.read_stored(layer.bias), context)
+    bias, held = reading.operand_of(layer.bias, context)
     steps = _bias_steps(
         tuple(placements),
         tuple(held),

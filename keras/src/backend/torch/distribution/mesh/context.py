@@ -94,6 +94,7 @@ class Context:
         model_axes: indices in `mesh` of the other axes of size > 1.
         model_mesh: torch mesh of these axes, None if there are none.
         reducer: the `Reducer` of gradients, None with one data shard.
+        order: the `Order` in which weights are gathered, None before the first.
     """
 
     def __init__(self, distribution):
@@ -132,6 +133,7 @@ class Context:
             self.model_size *= sizes[i]
         self.model_placements_whole = (Replicate(),) * len(self.model_axes)
         self.reducer = None
+        self.order = None
         self._said = set()
 
     @property

@@ -19,6 +19,14 @@ def read_stored(variable):
         return variable.value
 
 
+def operand_of(variable, context):
+    """`unshard.operand` of a variable.
+
+    Collective along the data axis if it shards the variable.
+    """
+    return unshard.operand(read_stored(variable), context, variable)
+
+
 def present(value, variable):
     """What a reader sees of the value of a variable; see `modes`.
 
@@ -38,17 +46,17 @@ def present(value, variable):
     if context is None or value.device_mesh != context.mesh:
         return value
     if modes.gathered is None:
-        return _operand_of_a_layer(value, context)
+        return _operand_of_a_layer(value, variable, context)
     key = (id(variable), value.dtype, torch.is_grad_enabled())
     if key not in modes.gathered:
-        modes.gathered[key] = _operand_of_a_layer(value, context)
+        modes.gathered[key] = _operand_of_a_layer(value, variable, context)
     return modes.gathered[key]
 
 
-def _operand_of_a_layer(value, context):
+def _operand_of_a_layer(value, variable, context):
     if private.is_in_transform():
         return laid_out.whole(value)
-    local, placements = unshard.operand(value, context)
+    local, placements = unshard.operand(value, context, variable)
     if not any(p.is_shard() for p in placements):
         return _enter(local) if modes.shows is Shows.DTENSORS else local
     if modes.shows is Shows.WHOLE:

@@ -9,6 +9,7 @@ what is computed from it is one device's.
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.ops import operators
 from keras.src.backend.torch.distribution.private import as_torch_has_it
 from keras.src.backend.torch.distribution.private import is_in_transform
@@ -99,12 +100,19 @@ class ShardedTensor(DTensor):
 
     @property
     def data(self):
+        # What is written into it changes no version.
+        self._hand_out()
         return self.sharding.wrap(self._local_tensor.data)
 
     @data.setter
     def data(self, value):
         value = weight_functions.laid_out_as(value, self)
         self._local_tensor.data.copy_(value._local_tensor)
+        self._hand_out()
+
+    def _hand_out(self):
+        parts = self.__dict__.setdefault(marks.PARTS, {})
+        parts[marks.HANDED_OUT] = True
 
     def whole(self):
         """All of it, plain; autograd differentiates it.
