@@ -54,6 +54,14 @@ def entries(workload):
         torch_entry("3", "torch tensor parallel, raw", "raw_tensor_parallel"),
         torch_entry("4", "torch DDP", "distributed_data_parallel"),
         torch_entry("5", "torch FSDP2", "fully_sharded"),
+        torch_entry(
+            "5l", "torch FSDP2, layer by layer", "fully_sharded_layers"
+        ),
+        torch_entry(
+            "5t",
+            "torch FSDP2 x parallelize_module, mesh (n / 2, 2)",
+            "fully_sharded_two_axes",
+        ),
         keras_entry("6", "Keras fit, one process", "fit_single", False),
         keras_entry("6b", "Keras bare step, one process", "bare_single", False),
         keras_entry("7", "Keras fit, ModelParallel", "fit_model_parallel"),
@@ -70,6 +78,15 @@ def entries(workload):
     found.append(
         keras_entry("10", "Keras bare step, DataParallel", "bare_data_parallel")
     )
+    found += [
+        keras_entry("11", "Keras fit, FSDP", "fit_fully_sharded"),
+        keras_entry("12", "Keras bare step, FSDP", "bare_fully_sharded"),
+        keras_entry(
+            "12t",
+            "Keras bare step, FSDP x tensor parallel, mesh (n / 2, 2)",
+            "bare_two_axes",
+        ),
+    ]
     if kind == "gpt":
         found += [
             keras_entry(

@@ -178,3 +178,38 @@ def model_parallel(sizes, **kwargs):
 def data_parallel():
     keras.distribution.initialize()
     return keras.distribution.DataParallel()
+
+
+def fully_sharded(sizes=None, shape=None):
+    """FSDP: the batch axis cuts each matrix.
+
+    Args:
+        sizes: of `workloads`; with it, tensor parallelism too.
+        shape: of the mesh, (batch, model). Defaults to one model shard.
+    """
+    keras.distribution.initialize()
+    devices = keras.distribution.list_devices()
+    shape = shape or (len(devices), 1)
+    mesh = keras.distribution.DeviceMesh(shape, ["batch", "model"], devices)
+    layouts = keras.distribution.LayoutMap(mesh)
+    every = {
+        ".*kernel": ("batch", None),
+        ".*(embeddings|positions)": ("batch", None),
+    }
+    if sizes is not None:
+        every = {
+            f"(.*[_/])?({'|'.join(workloads.COLUMN)}|head)/kernel": (
+                "batch",
+                "model",
+            ),
+            f"(.*[_/])?({'|'.join(workloads.COLUMN)}|head)/bias": ("model",),
+            f"(.*[_/])?({'|'.join(workloads.ROW)})/kernel": ("model", "batch"),
+            ".*embeddings": ("model", "batch"),
+        }
+        if isinstance(sizes, workloads.MLP):
+            every.pop(".*embeddings")
+    for path, axes in every.items():
+        layouts[path] = axes
+    return keras.distribution.ModelParallel(
+        layout_map=layouts, batch_dim_name="batch"
+    )

@@ -170,6 +170,10 @@ def fit_data_parallel(sizes, mesh=None, **kwargs):
     return Fit(sizes, keras_models.data_parallel(), **kwargs)
 
 
+def fit_fully_sharded(sizes, mesh=None, **kwargs):
+    return Fit(sizes, keras_models.fully_sharded(), **kwargs)
+
+
 def bare_single(sizes, mesh=None, **kwargs):
     return BareStep(sizes, **kwargs)
 
@@ -189,13 +193,24 @@ def bare_sharded_output(sizes, mesh=None, attention="dense", **kwargs):
 
 
 def bare_data_parallel(sizes, mesh=None, **kwargs):
-    x, y = torch_peers.local_batch(sizes)
+    return _bare_on_rows(sizes, keras_models.data_parallel(), **kwargs)
+
+
+def bare_fully_sharded(sizes, mesh=None, **kwargs):
+    return _bare_on_rows(sizes, keras_models.fully_sharded(), **kwargs)
+
+
+def bare_two_axes(sizes, mesh=None, **kwargs):
+    """FSDP on one axis of the mesh, tensor parallelism on the other."""
+    shape = torch_peers.two_axes()
+    distribution = keras_models.fully_sharded(sizes, shape)
+    return _bare_on_rows(sizes, distribution, shape[0], **kwargs)
+
+
+def _bare_on_rows(sizes, distribution, data_shards=None, **kwargs):
+    x, y = torch_peers.local_batch(sizes, data_shards)
     if isinstance(sizes, workloads.GPT):
         x = x.to(torch.int32)
     return BareStep(
-        sizes,
-        keras_models.data_parallel(),
-        batch=(x, y),
-        splits_rows=True,
-        **kwargs,
+        sizes, distribution, batch=(x, y), splits_rows=True, **kwargs
     )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torch_models
 import workloads
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
@@ -111,10 +112,68 @@ def fully_sharded(sizes, mesh):
     )
 
 
-def local_batch(sizes):
-    """This process's rows of the global batch."""
+def fully_sharded_layers(sizes, mesh):
+    """FSDP2, each layer gathered by itself, as Keras does."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    model = torch_models.make_model(sizes)
+    for module in list(model.modules()):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return TorchStep(
+        sizes,
+        model,
+        fused_adam(sizes, model.parameters()),
+        batch=local_batch(sizes),
+        splits_rows=True,
+    )
+
+
+def fully_sharded_two_axes(sizes, mesh):
+    """FSDP2 on one axis, `parallelize_module` on the other."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    mesh = init_device_mesh("cpu", two_axes(), mesh_dim_names=("data", "model"))
+    model = torch_models.make_model(sizes)
+    plan = {}
+    for path, _ in model.named_modules():
+        name = path.split(".")[-1]
+        if name in workloads.COLUMN:
+            plan[path] = ColwiseParallel()
+        if name in workloads.ROW:
+            plan[path] = RowwiseParallel()
+    if isinstance(sizes, workloads.GPT):
+        plan["emb"] = RowwiseParallel(input_layouts=Replicate())
+        plan["head"] = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, mesh["model"], plan)
+    for block in getattr(model, "blocks", []):
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    return TorchStep(
+        sizes,
+        model,
+        MixedAdam(sizes, list(model.parameters())),
+        batch=local_batch(sizes, mesh["data"].size()),
+        splits_rows=True,
+    )
+
+
+def two_axes():
+    """The shape of a mesh with two model shards."""
+    return dist.get_world_size() // 2, 2
+
+
+def local_batch(sizes, data_shards=None):
+    """This process's rows of the global batch.
+
+    Args:
+        sizes: of `workloads`.
+        data_shards: into how many the batch is cut; a row of processes has
+            the same. Defaults to the number of processes.
+    """
+    shards = data_shards or dist.get_world_size()
+    index = dist.get_rank() * shards // dist.get_world_size()
     return tuple(
-        t.chunk(dist.get_world_size())[dist.get_rank()].contiguous()
+        t.chunk(shards)[index].contiguous()
         for t in torch_models.make_batch(sizes)
     )
 

@@ -205,7 +205,7 @@ class Reduction:
             _put(part, piece, grad, weight)
         self.bytes = buffer.nbytes
         self.shards = [
-            None if grad is None else grad.new_empty(part.shard_shape)
+            None if grad is None else _without_memory(grad, part.shard_shape)
             for part, grad in zip(parts, grads)
         ]
         if buffer.device.type == "cpu":
@@ -228,8 +228,17 @@ class Reduction:
         pieces = _pieces(self._parts, self._result)
         for part, piece, shard in zip(self._parts, pieces, self.shards):
             if shard is not None:
+                memory = shard.untyped_storage()
+                memory.resize_(shard.numel() * shard.element_size())
                 shard.copy_(part.own(piece))
         self._work = self._buffer = self._result = None
+
+
+def _without_memory(like, shape):
+    """A new tensor that gets its memory later."""
+    x = like.new_empty(shape)
+    x.untyped_storage().resize_(0)
+    return x
 
 
 def _put(part, piece, grad, weight):
