@@ -368,76 +368,94 @@ def test_fit(rows, world_size):
 
 
 @contextlib.contextmanager
-def watched():
-    """What is gathered and reduced, in order, and how."""
+def watched(paths):
+    """What is gathered, taken and reduced, in order.
+
+    Args:
+        paths: dict from ids of stored weights to their names.
+    """
     events = []
     gather, reduction = in_flight.Gather, in_flight.Reduction
-    finish = gather.finish
+    take = order_lib.Order.take
+
+    def names(parts):
+        return " ".join(paths[id(part.weight)] for part in parts)
 
     class Gather(gather):
         def __init__(self, parts, context):
             events.append(("gather", names(parts)))
             super().__init__(parts, context)
 
-        def finish(self):
-            events.append(("use", names(self.parts)))
-            return finish(self)
-
     class Reduction(reduction):
-        def __init__(self, parts, grads, context):
-            events.append(("reduce", names(parts)))
-            super().__init__(parts, grads, context)
+        def start(self):
+            events.append(("reduce", names(self._parts)))
+            super().start()
+
+    def noting(self, parts, context):
+        events.append(("take", names(parts)))
+        return take(self, parts, context)
 
     in_flight.Gather, in_flight.Reduction = Gather, Reduction
+    order_lib.Order.take = noting
     try:
         yield events
     finally:
         in_flight.Gather, in_flight.Reduction = gather, reduction
-
-
-def names(parts):
-    paths = {
-        id(v._value): v.path.removeprefix("sequential/")
-        for v in model_of_test.variables
-    }
-    return " ".join(paths[id(part.weight)] for part in parts)
-
-
-model_of_test = None
+        order_lib.Order.take = take
 
 
 def watch_steps(model, steps=3):
-    global model_of_test
-    model_of_test = model
+    """The events of the last of some steps."""
+    paths = {id(v._value): v.path.split("/", 1)[1] for v in model.variables}
     x = local_rows(normal(6))
     for _ in range(steps - 1):
         step(model, square(model(x)))
-    with watched() as events:
+    with watched(paths) as events:
         step(model, square(model(x)))
     return events
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """Layers of these tests count as large: none waits for another."""
+    monkeypatch.setattr(order_lib, "SMALL_BYTES", 0)
+
+
 @pytest.mark.world(2)
-def test_collectives_of_a_step(world_size):
+def test_collectives_of_a_step(world_size, large):
     """One gather a layer, and one in backward for those whose input asks for
-    a gradient; the last is kept. The next is begun before one is used up."""
+    a gradient; the last is kept. The next is begun before one is used."""
     (distribution,) = distributions(2)
     with parity.fresh(distribution, 1):
         events = watch_steps(deep(3))
     both = [f"dense{i}/kernel dense{i}/bias" for i in range(3)]
     assert events == [
+        ("take", both[0]),
         ("gather", both[0]),
-        ("use", both[0]),
         ("gather", both[1]),
-        ("use", both[1]),
+        ("take", both[1]),
         ("gather", both[2]),
-        ("use", both[2]),
+        ("take", both[2]),
         # Backward: the kernel of the last layer is here still.
         ("gather", "dense1/kernel"),
         ("reduce", both[2]),
-        ("use", "dense1/kernel"),
+        ("take", "dense1/kernel"),
         ("reduce", both[1]),
         ("reduce", both[0]),
+    ]
+
+
+@pytest.mark.world(2)
+def test_small_layers_are_gathered_and_reduced_together(world_size):
+    (distribution,) = distributions(2)
+    with parity.fresh(distribution, 1):
+        events = watch_steps(deep(4))
+    both = [f"dense{i}/kernel dense{i}/bias" for i in range(4)]
+    assert [event for event in events if event[0] != "take"] == [
+        ("gather", both[0]),
+        ("gather", " ".join(both[1:])),
+        ("gather", "dense2/kernel dense1/kernel"),
+        ("reduce", " ".join(reversed(both))),
     ]
 
 
@@ -446,18 +464,18 @@ def test_collectives_of_a_step(world_size):
     "setting, again",
     [(True, 2), (False, 0), ({".*dense1.*": False}, 1)],
 )
-def test_reshard_after_forward(setting, again, world_size):
+def test_reshard_after_forward(setting, again, world_size, large):
     (distribution,) = distributions(2)
     distribution.reshard_after_forward = setting
     with parity.fresh(distribution, 1):
         events = watch_steps(deep(4))
     counts = collections.Counter(kind for kind, _ in events)
-    assert counts == {"gather": 4 + again, "use": 4 + again, "reduce": 4}
+    assert counts == {"gather": 4 + again, "take": 4 + again, "reduce": 4}
 
 
 @pytest.mark.world(2)
 @pytest.mark.parametrize("setting", [True, False])
-def test_gathered_weights_are_freed(setting, world_size):
+def test_gathered_weights_are_freed(setting, world_size, large):
     alive = weakref.WeakSet()
     finish = in_flight.Gather.finish
 

@@ -121,17 +121,6 @@ class Gather:
                 part.own(piece).copy_(local)
         self._works = _gather_in_place(self._buffer, rank, group)
 
-    @property
-    def bytes(self):
-        return self._buffer.nbytes
-
-    def is_current(self):
-        """Whether no weight has been written into since."""
-        return all(
-            part.weight is None or part.version == version
-            for part, version in zip(self.parts, self.versions)
-        )
-
     def wait(self):
         for work in self._works:
             work.wait()
@@ -171,43 +160,72 @@ def _gather_in_place(buffer, rank, group):
 
 
 class Reduction:
-    """Gradients whose weighted mean over data shards is being taken.
+    """Gradients whose weighted mean over data shards is taken.
 
-    Collective along the data axis: every process of it makes one, of the same
-    parts, in the same order.
+    Collective along the data axis, when it starts: every process of it starts
+    one, of the same parts, in the same order.
 
     Args:
-        parts: tuple of `Part`s of one kind.
-        grads: for each the gradient of the whole, of this data shard's loss,
-            or None, which counts as zero.
         context: the `Context`.
-
-    Attributes:
-        shards: for each part our shard of the mean; None where there was no
-            gradient. They are filled by `finish`.
     """
 
-    @torch.no_grad()
-    def __init__(self, parts, grads, context):
-        self._parts = parts
-        first = parts[0]
-        group = context.mesh.get_group(first.axis)
-        shards, rank = dist.get_world_size(group), dist.get_rank(group)
-        weight = rows.weight(context)
-        # Half precision is not added up in half precision.
-        dtype = torch.promote_types(first.dtype, torch.float32)
-        buffer = torch.empty(
-            (shards, sum(part.numel for part in parts)),
-            dtype=dtype,
-            device=first.device,
+    def __init__(self, context):
+        self._context = context
+        self._parts, self._grads, self._shards = [], [], []
+        self._work = self._buffer = self._result = None
+        self.bytes = 0
+        self.has_started = False
+
+    def takes(self, parts):
+        """Whether these parts may be reduced with those that it has."""
+        return (
+            not self.has_started
+            and bool(self._parts)
+            and self._parts[0].kind == parts[0].kind
         )
-        for part, piece, grad in zip(parts, _pieces(parts, buffer), grads):
-            _put(part, piece, grad, weight)
-        self.bytes = buffer.nbytes
-        self.shards = [
+
+    @torch.no_grad()
+    def add(self, parts, grads):
+        """Adds gradients.
+
+        Args:
+            parts: tuple of `Part`s of one kind.
+            grads: for each the gradient of the whole, of this data shard's
+                loss, or None, which counts as zero.
+
+        Returns:
+            For each part our shard of the mean, None where there was no
+            gradient. They get their memory, and their numbers, by `finish`.
+        """
+        shards = [
             None if grad is None else _without_memory(grad, part.shard_shape)
             for part, grad in zip(parts, grads)
         ]
+        self._parts += parts
+        self._grads += grads
+        self._shards += shards
+        self.bytes += sum(part.bytes for part in parts)
+        return shards
+
+    @torch.no_grad()
+    def start(self):
+        """Starts to communicate."""
+        self.has_started = True
+        parts, first = self._parts, self._parts[0]
+        group = self._context.mesh.get_group(first.axis)
+        shards, rank = dist.get_world_size(group), dist.get_rank(group)
+        weight = rows.weight(self._context)
+        # Half precision is not added up in half precision.
+        buffer = torch.empty(
+            (shards, sum(part.numel for part in parts)),
+            dtype=torch.promote_types(first.dtype, torch.float32),
+            device=first.device,
+        )
+        pieces = _pieces(parts, buffer)
+        for part, piece, grad in zip(parts, pieces, self._grads):
+            _put(part, piece, grad, weight)
+        self._grads = None
+        self.bytes = buffer.nbytes
         if buffer.device.type == "cpu":
             # gloo reduces and scatters by this very sum, of another buffer.
             self._result = buffer[rank]
@@ -221,17 +239,17 @@ class Reduction:
 
     @torch.no_grad()
     def finish(self):
-        """Waits, and fills `shards`. Does nothing the next time."""
+        """Waits, and fills the shards. Does nothing the next time."""
         if self._work is None:
             return
         self._work.wait()
         pieces = _pieces(self._parts, self._result)
-        for part, piece, shard in zip(self._parts, pieces, self.shards):
+        for part, piece, shard in zip(self._parts, pieces, self._shards):
             if shard is not None:
                 memory = shard.untyped_storage()
                 memory.resize_(shard.numel() * shard.element_size())
                 shard.copy_(part.own(piece))
-        self._work = self._buffer = self._result = None
+        self._work = self._buffer = self._result = self._shards = None
 
 
 def _without_memory(like, shape):

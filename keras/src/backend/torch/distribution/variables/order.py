@@ -8,12 +8,15 @@ freed, nor from when. A wrong prediction is waited for, and dropped.
 """
 
 import collections
+import itertools
 
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.gradients import buckets
 from keras.src.backend.torch.distribution.variables import in_flight
 
 KEPT_ORDERS = 64
+# So much that follows is gathered, or reduced, by one collective.
+SMALL_BYTES = 2 * 2**20
 
 
 class Order:
@@ -25,7 +28,7 @@ class Order:
     def __init__(self):
         # By the first gather of a pass, those of the last pass that began so.
         self.orders = collections.OrderedDict()
-        self._forward = self._backward = self._ahead = None
+        self._forward = self._backward = self._ahead = self._open = None
         self._reductions = collections.deque()
 
     def take(self, parts, context):
@@ -41,51 +44,71 @@ class Order:
             List of plain tensors.
         """
         current = self._pass()
-        gather = self._taken(current, parts)
-        if gather is None:
-            gather = in_flight.Gather(parts, context)
-        wholes = gather.finish()
+        wholes = None
+        if self._ahead is not None:
+            if self._ahead.of is current:
+                wholes = self._ahead.take(parts)
+            if wholes is None:
+                self._drop()
+        if wholes is None:
+            wholes = in_flight.Gather(parts, context).finish()
         self._begin_next(current, parts, context)
         return wholes
-
-    def _taken(self, current, parts):
-        """The gather that is on its way, if it is this one."""
-        if self._ahead is None:
-            return None
-        (of, gather), self._ahead = self._ahead, None
-        if of is current and gather.parts == parts and gather.is_current():
-            return gather
-        gather.wait()
-        return None
 
     def skip(self, parts, context):
         """As `take`, of weights that the caller has."""
         current = self._pass()
-        self.drop(current)
+        self._drop()
         self._begin_next(current, parts, context)
 
     def _begin_next(self, current, parts, context):
-        following = None if current is None else current.follow(parts)
-        if following is None or any(p.may_change_unseen for p in following):
+        if current is None or not current.follow(parts):
             return
-        if following[0].device.type == "cpu":
+        if self._ahead is not None and not self._ahead.is_empty():
+            return
+        self._ahead, following = None, _run(current.following())
+        if not following:
+            return
+        together = tuple(part for parts in following for part in parts)
+        if together[0].device.type == "cpu":
             # Of what is on its way there is one buffer of full size.
-            self._make_room(sum(part.bytes for part in following))
-        gather = in_flight.Gather(following, context)
-        self._ahead = current, gather
+            self._make_room(sum(part.bytes for part in together))
+        gather = in_flight.Gather(together, context)
+        self._ahead = Ahead(current, following, gather)
 
     def reduce(self, parts, grads, context):
-        """Starts to reduce gradients.
+        """Reduces gradients, small ones together with others.
 
-        Collective along the data axis: every process of it calls it.
+        Collective along the data axis, at once or later: every process of it
+        calls it.
 
         Returns:
-            The `in_flight.Reduction`.
+            The `in_flight.Reduction`, and for each part our shard, which is
+            filled once `finish` has been called with it.
         """
-        self._make_room(sum(part.bytes for part in parts))
-        reduction = in_flight.Reduction(parts, grads, context)
+        task = private.backward_task()
+        if self._open is not None and self._open[0] != task:
+            self._open = None  # Of a pass that has failed.
+        size = sum(part.bytes for part in parts)
+        if self._open is not None and not (
+            self._open[1].takes(parts)
+            and self._open[1].bytes + size <= SMALL_BYTES
+        ):
+            self._start(self._open[1])
+        if self._open is None:
+            self._open = task, in_flight.Reduction(context)
+        reduction = self._open[1]
+        shards = reduction.add(parts, grads)
+        if reduction.bytes > SMALL_BYTES:
+            self._start(reduction)
+        return reduction, shards
+
+    def _start(self, reduction):
+        if self._open is not None and self._open[1] is reduction:
+            self._open = None
+        self._make_room(reduction.bytes)
+        reduction.start()
         self._reductions.append(reduction)
-        return reduction
 
     def _make_room(self, size):
         """Finishes reductions that would take too much memory beside this."""
@@ -96,8 +119,13 @@ class Order:
             reduction.finish()
 
     def finish(self, reductions):
-        """Waits for reductions."""
+        """Waits for reductions.
+
+        Collective along the data axis, where one has not begun.
+        """
         for reduction in reductions:
+            if not reduction.has_started:
+                self._start(reduction)
             reduction.finish()
             if reduction in self._reductions:
                 self._reductions.remove(reduction)
@@ -109,14 +137,18 @@ class Order:
         return before
 
     def end_forward(self, before):
-        self.drop(self._forward)
+        self._drop_of(self._forward)
         self._forward = before
 
-    def drop(self, which):
-        """Forgets what is on its way for a pass."""
-        if self._ahead is not None and self._ahead[0] is which:
-            self._ahead[1].wait()
+    def _drop(self):
+        """Forgets what is on its way."""
+        if self._ahead is not None:
+            self._ahead.wait()
             self._ahead = None
+
+    def _drop_of(self, which):
+        if self._ahead is not None and self._ahead.of is which:
+            self._drop()
 
     def is_last(self):
         """Whether the last gather of the forward pass has probably been
@@ -138,9 +170,63 @@ class Order:
         return self._backward
 
     def _end_backward(self, current):
-        self.drop(current)
+        self._drop_of(current)
         if self._backward is current:
             self._backward = None
+
+
+class Ahead:
+    """Gathers that are predicted, made by one collective.
+
+    Args:
+        of: the `Pass`.
+        gathers: list of tuples of parts, in the order in which they come.
+        gather: the `in_flight.Gather` of all of them.
+    """
+
+    def __init__(self, of, gathers, gather):
+        self.of, self._gather = of, gather
+        self._gathers = collections.deque(gathers)
+        self._versions = collections.deque(gather.versions)
+        self._wholes = None
+
+    def take(self, parts):
+        """Whole weights, or None if others were predicted.
+
+        Numbers that have changed since are none: all processes see the same
+        writes.
+        """
+        if not self._gathers or self._gathers[0] != parts:
+            return None
+        versions = [self._versions.popleft() for _ in parts]
+        self._gathers.popleft()
+        if any(
+            part.weight is not None and part.version != version
+            for part, version in zip(parts, versions)
+        ):
+            return None
+        if self._wholes is None:
+            self._wholes = collections.deque(self._gather.finish())
+        return [self._wholes.popleft() for _ in parts]
+
+    def is_empty(self):
+        return not self._gathers
+
+    def wait(self):
+        self._gather.wait()
+
+
+def _run(gathers):
+    """The first of these, and small ones after it, of one kind."""
+    run, size = [], 0
+    for parts in gathers:
+        size += sum(part.bytes for part in parts)
+        if run and (size > SMALL_BYTES or parts[0].kind != run[0][0].kind):
+            break
+        if any(part.may_change_unseen for part in parts):
+            break
+        run.append(parts)
+    return run
 
 
 class Pass:
@@ -156,7 +242,7 @@ class Pass:
         self._met, self._predicted, self._place = None, (), 0
 
     def follow(self, parts):
-        """Notes a gather; the one that probably follows, or None."""
+        """Notes a gather. Gives whether it was predicted."""
         if self._met is None:
             self._predicted = self._orders.pop((self.is_backward, parts), ())
             self._met = self._orders[self.is_backward, parts] = []
@@ -166,9 +252,13 @@ class Pass:
         try:
             place = self._predicted.index(parts, self._place) + 1
         except ValueError:
-            return None
+            return False
         self._place = place
-        return None if self.is_at_end() else self._predicted[place]
+        return True
+
+    def following(self):
+        """What is predicted from here on."""
+        return itertools.islice(self._predicted, self._place, None)
 
     @property
     def is_backward(self):

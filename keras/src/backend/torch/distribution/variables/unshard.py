@@ -196,9 +196,9 @@ class Whole(torch.autograd.Function):
                 for part, grad in zip(ctx.parts, grads)
             ]
             return None, None, None, *shards
-        reduction = ctx.order.reduce(ctx.parts, grads, ctx.context)
+        reduction, shards = ctx.order.reduce(ctx.parts, grads, ctx.context)
         ctx.reductions.append(reduction)
-        return None, None, None, *reduction.shards
+        return None, None, None, *shards
 
 
 def order_of(context):
