@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import keras
 from integration_tests.harness import parity
@@ -22,6 +23,7 @@ from integration_tests.training.gradient_programs import normal
 from integration_tests.training.gradient_programs import numpy
 from keras import layers
 from keras import ops
+from keras.src import tree
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.variables import in_flight
 from keras.src.backend.torch.distribution.variables import order as order_lib
@@ -569,3 +571,77 @@ def test_orders_are_bounded(world_size):
         for _ in range(order_lib.KEPT_ORDERS // 4):
             trains(deep(3), steps=1)
         assert len(current().order.orders) <= order_lib.KEPT_ORDERS
+
+
+class Collectives(TorchDispatchMode):
+    """Names of collectives, and how many numbers each is handed."""
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = tree.flatten(args)
+            sizes = [x.numel() for x in tensors if torch.is_tensor(x)]
+            self.met.append((func.__name__.partition(".")[0], max(sizes)))
+        return func(*args, **kwargs or {})
+
+
+# What an update of four matrices of 6 x 6 and four biases communicates.
+UPDATES = {
+    "clipvalue": ({"clipvalue": 0.02}, []),
+    "clipnorm": ({"clipnorm": 0.01}, [("allreduce_", 8)]),
+    "global_clipnorm": ({"global_clipnorm": 0.01}, [("allreduce_", 8)]),
+    "average": ({"use_ema": True, "ema_overwrite_frequency": 1}, []),
+    "decay": ({"weight_decay": 0.1}, []),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_collectives_of_an_update(name, world_size):
+    arguments, expected = UPDATES[name]
+
+    def program(model):
+        optimizer = keras.optimizers.SGD(0.1, **arguments)
+        for _ in range(2):
+            model.zero_grad()
+            square(model(local_rows(normal(6)))).backward()
+            variables = model.trainable_variables
+            grads = [v.value.grad for v in variables]
+            with Collectives() as collectives:
+                optimizer.apply(grads, variables)
+        if keras.distribution.distribution() is not None:
+            assert collectives.met == expected
+        return [numpy(v) for v in model.variables]
+
+    one_device = parity.run(program, deep)
+    for distribution in distributions(world_size):
+        actual = parity.run(program, deep, distribution)
+        parity.assert_equal_on_all(f"{distribution}", actual, one_device)
+
+
+@pytest.mark.parametrize("axis", [0, 1, (0, 1)])
+def test_constraints_add_up_norms(axis, world_size):
+    """And gather no weight."""
+
+    def program(model):
+        constraint = keras.constraints.MaxNorm(0.5, axis=axis)
+        for layer in model.layers:
+            layer.kernel.constraint = constraint
+        optimizer = keras.optimizers.SGD(0.1)
+        for _ in range(2):
+            model.zero_grad()
+            square(model(local_rows(normal(6)))).backward()
+            variables = model.trainable_variables
+            grads = [v.value.grad for v in variables]
+            with Collectives() as collectives:
+                optimizer.apply(grads, variables)
+        if keras.distribution.distribution() is not None:
+            assert all(size <= 6 for _, size in collectives.met)
+        return [numpy(v) for v in model.variables]
+
+    one_device = parity.run(program, deep)
+    for distribution in distributions(world_size):
+        actual = parity.run(program, deep, distribution)
+        parity.assert_equal_on_all(f"{distribution}", actual, one_device)

@@ -6,6 +6,7 @@ Optimizers that Keras has a parallel version of: `torch_parallel_optimizer`.
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src import ops
 from keras.src import optimizers
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.torch.distribution import modes
@@ -13,6 +14,7 @@ from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.training import accumulation
 from keras.src.backend.torch.distribution.variables import storage
+from keras.src.backend.torch.distribution.variables import weight_sums
 from keras.src.backend.torch.optimizers import torch_optimizer as upstream
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.utils import torch_utils
@@ -74,6 +76,32 @@ class TorchOptimizer(upstream.TorchOptimizer):
         # Released Keras hands over numpy arrays, each of the whole.
         for i, variable in enumerate(self.variables):
             store[str(i)] = variable
+
+    def _clip_gradients(self, grads):
+        """As Keras's; norms of sharded gradients in one small all-reduce.
+
+        Collective if a gradient is sharded: every process calls it.
+        """
+        present = [g for g in grads if g is not None]
+        if not (
+            self.clipnorm or self.global_clipnorm
+        ) or not weight_sums.are_on_one_mesh(present):
+            return super()._clip_gradients(grads)
+        squares = weight_sums.squared_norms(present)
+        if self.clipnorm and self.clipnorm > 0:
+            present = [
+                g * self.clipnorm / torch.sqrt(square).clamp(self.clipnorm)
+                for g, square in zip(present, squares)
+            ]
+        elif self.global_clipnorm and self.global_clipnorm > 0:
+            limit = self.global_clipnorm
+            norm = torch.sqrt(ops.sum(ops.stack(squares)))
+            scale = limit * torch.clamp(1.0 / norm, max=1.0 / limit)
+            # NaN for a norm that is not finite, as in Keras.
+            scale = scale + (norm - norm)
+            present = [g * scale for g in present]
+        clipped = iter(present)
+        return [None if g is None else next(clipped) for g in grads]
 
     def assign(self, variable, value):
         if modes.is_local():

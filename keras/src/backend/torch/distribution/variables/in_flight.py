@@ -40,7 +40,7 @@ class Part:
         self._weight, self._siblings = weakref.ref(weight), siblings
         self.layout = laid_out.layout_of(weight)
         self.dtype, self.device = dtype, weight.device
-        self.axis = context.data_axis
+        (self.axis,) = context.cuts_data(self.layout.placements)
         self.dim = self.layout.placements[self.axis].dim
         self.size = self.layout.shape[self.dim]
         self.shard_shape = tuple(weight._local_tensor.shape)
@@ -49,6 +49,11 @@ class Part:
         shape[self.dim] = -(-self.size // shards)
         self.shape, self.numel = tuple(shape), math.prod(shape)
         self.bytes = self.numel * shards * dtype.itemsize
+
+    @property
+    def cut(self):
+        """Of `laid_out.levels`, what is gathered."""
+        return self.dim, self.axis, self.size
 
     @property
     def weight(self):
@@ -239,10 +244,19 @@ class Reduction:
 
     @torch.no_grad()
     def finish(self):
-        """Waits, and fills the shards. Does nothing the next time."""
+        """Waits, and fills the shards. Does nothing the next time.
+
+        Collective along data axes that do not cut the weights.
+        """
         if self._work is None:
             return
         self._work.wait()
+        # Over data axes that do not cut, shards are added up, small as they
+        # are (hybrid sharding).
+        for axis in self._context.data_axes:
+            if axis != self._parts[0].axis:
+                group = self._context.mesh.get_group(axis)
+                dist.all_reduce(self._result, group=group)
         pieces = _pieces(self._parts, self._result)
         for part, piece, shard in zip(self._parts, pieces, self._shards):
             if shard is not None:

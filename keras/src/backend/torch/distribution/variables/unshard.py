@@ -192,7 +192,7 @@ class Whole(torch.autograd.Function):
             shards = [
                 None
                 if grad is None
-                else laid_out.scattered(grad, part.dim, ctx.context)
+                else laid_out.scattered(grad, [part.cut], ctx.context)
                 for part, grad in zip(ctx.parts, grads)
             ]
             return None, None, None, *shards
@@ -224,7 +224,7 @@ def reading(layer, context):
     noted for the next call. Nothing for what unshards nothing."""
     if (
         not context.has_layouts
-        or context.data_size == 1
+        or not context.data_axes
         or torch.compiler.is_compiling()
         or not _reads(layer, context)
     ):

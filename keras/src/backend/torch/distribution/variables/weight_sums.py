@@ -9,6 +9,7 @@ import inspect
 import torch
 import torch.distributed as dist
 
+from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
@@ -17,8 +18,105 @@ from keras.src.backend.torch.distribution.variables import weight_entries
 
 def _sum(x, dim=None, keepdim=False, *, dtype=None):
     if not _is_of_all(x, dim, keepdim):
-        return NotImplemented
+        return _sum_of_dims(x, dim, keepdim, dtype)
     return _total(torch.sum, x, dtype)
+
+
+def _sum_of_dims(x, dim, keepdim, dtype):
+    """Sums over some dims, without autograd: of shards, added up along the
+    axes that cut these dims, and gathered along the others."""
+    layout, asks = x.sharding, torch.is_grad_enabled() and x.requires_grad
+    dims = (dim,) if isinstance(dim, int) else dim
+    if (
+        asks
+        or not dims
+        or layout.is_partial
+        or cuts.has_several_on_a_dim(layout.placements)
+        or not all(isinstance(d, int) for d in dims)
+    ):
+        return NotImplemented
+    dims = {d % x.ndim for d in dims}
+    total = torch.sum(x._local_tensor, tuple(dims), keepdim=True, dtype=dtype)
+    if total.dtype not in collectives.SENT:
+        return NotImplemented
+    levels = laid_out.levels(layout)
+    for cut, axis, _ in levels:
+        if cut in dims and layout.mesh.size(axis) > 1:
+            dist.all_reduce(total, group=layout.mesh.get_group(axis))
+    for cut, axis, size in reversed(levels):
+        if cut not in dims:
+            group = layout.mesh.get_group(axis)
+            total = collectives.all_gather(total, cut, size, group)
+    return total if keepdim else total.squeeze(tuple(dims))
+
+
+def are_on_one_mesh(tensors):
+    """Whether tensors are weights on one mesh of all processes, or plain, and
+    `squared_norms` takes them."""
+    meshes = set()
+    for x in tensors:
+        if sharded.is_weight(x) and not x.sharding.is_partial:
+            meshes.add(x.device_mesh)
+        elif type(x) is not torch.Tensor:
+            return False
+    return len(meshes) == 1 and meshes.pop().size() == dist.get_world_size()
+
+
+def squared_norms(tensors):
+    """The sum of squares of each of some gradients, in one small all-reduce.
+
+    Of what several processes hold, the first counts.
+
+    Collective, if there are weights among them: every process of their mesh
+    calls it.
+
+    Args:
+        tensors: weights and plain tensors, on one mesh.
+
+    Returns:
+        List of tensors without dims.
+    """
+    sums = []
+    for x in tensors:
+        local = x._local_tensor if sharded.is_weight(x) else x
+        total = torch.sum(torch.square(local))
+        if sharded.is_weight(x) and not _counts(x.sharding):
+            total = torch.zeros_like(total)
+        sums.append(total)
+    of_weights = [i for i, x in enumerate(tensors) if sharded.is_weight(x)]
+    if of_weights:
+        # Half precision is not added up in half precision.
+        wide = [sums[i].to(torch.float32) for i in of_weights]
+        if any(sums[i].dtype == torch.float64 for i in of_weights):
+            wide = [total.to(torch.float64) for total in wide]
+        together = torch.stack(wide)
+        dist.all_reduce(together)
+        for i, total in zip(of_weights, together):
+            sums[i] = total.to(sums[i].dtype)
+    return sums
+
+
+def _counts(layout):
+    """Whether no process before this one holds the same shard."""
+    return all(
+        cuts.is_cut(placement) or not layout.mesh.get_local_rank(axis)
+        for axis, placement in enumerate(layout.placements)
+    )
+
+
+def _all(x, dim=None, keepdim=False):
+    return _truth(torch.all, dist.ReduceOp.MIN, x, dim, keepdim)
+
+
+def _any(x, dim=None, keepdim=False):
+    return _truth(torch.any, dist.ReduceOp.MAX, x, dim, keepdim)
+
+
+def _truth(func, op, x, dim, keepdim):
+    if not _is_of_all(x, dim, keepdim):
+        return NotImplemented
+    truth = func(x._local_tensor).to(torch.uint8)
+    return laid_out.reduce_over_shards(truth, x.sharding, op).to(torch.bool)
 
 
 def _mean(x, dim=None, keepdim=False, *, dtype=None):
@@ -110,6 +208,8 @@ def _reduction(function):
 
 
 REDUCTIONS = {
+    "all": _reduction(_all),
+    "any": _reduction(_any),
     "sum": _reduction(_sum),
     "mean": _reduction(_mean),
     "norm": _reduction(_old_norm),
