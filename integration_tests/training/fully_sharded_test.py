@@ -609,7 +609,7 @@ def test_collectives_of_an_update(name, world_size):
             square(model(local_rows(normal(6)))).backward()
             variables = model.trainable_variables
             grads = [v.value.grad for v in variables]
-            with Collectives() as collectives:
+            with torch.no_grad(), Collectives() as collectives:
                 optimizer.apply(grads, variables)
         if keras.distribution.distribution() is not None:
             assert collectives.met == expected
@@ -635,10 +635,12 @@ def test_constraints_add_up_norms(axis, world_size):
             square(model(local_rows(normal(6)))).backward()
             variables = model.trainable_variables
             grads = [v.value.grad for v in variables]
-            with Collectives() as collectives:
+            with torch.no_grad(), Collectives() as collectives:
                 optimizer.apply(grads, variables)
         if keras.distribution.distribution() is not None:
-            assert all(size <= 6 for _, size in collectives.met)
+            assert all(size <= 8 for _, size in collectives.met), (
+                collectives.met
+            )
         return [numpy(v) for v in model.variables]
 
     one_device = parity.run(program, deep)
