@@ -426,11 +426,12 @@ def large(monkeypatch):
 @pytest.mark.world(2)
 def test_collectives_of_a_step(world_size, large):
     """One gather a layer, and one in backward for those whose input asks for
-    a gradient; the last is kept. The next is begun before one is used."""
+    a gradient; the last is kept. The next is begun before one is used, but for
+    the last of backward."""
     (distribution,) = distributions(2)
     with parity.fresh(distribution, 1):
-        events = watch_steps(deep(3))
-    both = [f"dense{i}/kernel dense{i}/bias" for i in range(3)]
+        events = watch_steps(deep(4))
+    both = [f"dense{i}/kernel dense{i}/bias" for i in range(4)]
     assert events == [
         ("take", both[0]),
         ("gather", both[0]),
@@ -438,10 +439,15 @@ def test_collectives_of_a_step(world_size, large):
         ("take", both[1]),
         ("gather", both[2]),
         ("take", both[2]),
+        ("gather", both[3]),
+        ("take", both[3]),
         # Backward: the kernel of the last layer is here still.
-        ("gather", "dense1/kernel"),
+        ("gather", "dense2/kernel"),
+        ("reduce", both[3]),
+        ("take", "dense2/kernel"),
         ("reduce", both[2]),
         ("take", "dense1/kernel"),
+        ("gather", "dense1/kernel"),
         ("reduce", both[1]),
         ("reduce", both[0]),
     ]

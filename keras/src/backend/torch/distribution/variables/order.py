@@ -70,9 +70,13 @@ class Order:
         if not following:
             return
         together = tuple(part for parts in following for part in parts)
+        size = sum(part.bytes for part in together)
         if together[0].device.type == "cpu":
+            if size > SMALL_BYTES and current.ends_with(following):
+                # Here memory is at its peak: almost all gradients are there.
+                return
             # Of what is on its way there is one buffer of full size.
-            self._make_room(sum(part.bytes for part in together))
+            self._make_room(size)
         gather = in_flight.Gather(together, context)
         self._ahead = Ahead(current, following, gather)
 
@@ -259,6 +263,11 @@ class Pass:
     def following(self):
         """What is predicted from here on."""
         return itertools.islice(self._predicted, self._place, None)
+
+    def ends_with(self, gathers):
+        """Whether a backward pass probably ends with these."""
+        end = self._place + len(gathers)
+        return self.is_backward and end >= len(self._predicted)
 
     @property
     def is_backward(self):
