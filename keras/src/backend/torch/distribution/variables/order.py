@@ -51,6 +51,7 @@ class Order:
             if wholes is None:
                 self._drop()
         if wholes is None:
+            self._make_room_on_cpu(parts)
             wholes = in_flight.Gather(parts, context).finish()
         self._begin_next(current, parts, context)
         return wholes
@@ -71,12 +72,11 @@ class Order:
             return
         together = tuple(part for parts in following for part in parts)
         size = sum(part.bytes for part in together)
-        if together[0].device.type == "cpu":
-            if size > SMALL_BYTES and current.ends_with(following):
+        if together[0].device.type == "cpu" and size > SMALL_BYTES:
+            if current.ends_with(following):
                 # Here memory is at its peak: almost all gradients are there.
                 return
-            # Of what is on its way there is one buffer of full size.
-            self._make_room(size)
+        self._make_room_on_cpu(together)
         gather = in_flight.Gather(together, context)
         self._ahead = Ahead(current, following, gather)
 
@@ -113,6 +113,12 @@ class Order:
         self._make_room(reduction.bytes)
         reduction.start()
         self._reductions.append(reduction)
+
+    def _make_room_on_cpu(self, parts):
+        """Lets there be one buffer of full size of what is on its way. (On a
+        GPU, to wait would hold up what computes.)"""
+        if parts[0].device.type == "cpu":
+            self._make_room(sum(part.bytes for part in parts))
 
     def _make_room(self, size):
         """Finishes reductions that would take too much memory beside this."""

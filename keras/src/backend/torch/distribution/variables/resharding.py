@@ -231,7 +231,6 @@ class Reads:
     def end(self):
         for group in _groups(list(self.met.items())):
             self.together[group[0][0]] = group[1:]
-        self.begin()
 
 
 def _groups(reads):
@@ -270,8 +269,10 @@ def reading(layer):
                     yield
             else:
                 yield
-    finally:
+        # Not after an error, which may be this process's alone.
         reads.end()
+    finally:
+        reads.begin()
 
 
 def is_wanted(part, variable):
