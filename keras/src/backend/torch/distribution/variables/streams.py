@@ -93,7 +93,8 @@ class Pieces(Absent):
     """A weight of which each process stores a shard.
 
     Iterating over it gives the process that writes pairs of a slice of the
-    first dim and a numpy array of these rows, and the others nothing.
+    first dim and a numpy array of these rows, to be used before the next but
+    one, and the others nothing.
 
     Collective: every process iterates to the end.
     """
@@ -186,8 +187,10 @@ def _send(pieces, box, local):
 
 def _receive(pieces, parts, local, shape):
     before = None
-    for rows in pieces:
-        piece = _Piece(rows, parts, local, shape)
+    # Of two pieces: what is yielded has been used when the next but one comes.
+    memory = {}, {}
+    for i, rows in enumerate(pieces):
+        piece = _Piece(rows, parts, local, shape, memory[i % 2])
         if before is not None:
             yield before.rows, before.whole()
         before = piece
@@ -196,12 +199,21 @@ def _receive(pieces, parts, local, shape):
 
 
 class _Piece:
-    """Rows of a weight that are on their way here."""
+    """Rows of a weight that are on their way here.
 
-    def __init__(self, rows, parts, local, shape):
+    Args:
+        rows: slice.
+        parts: dict of `boxes`.
+        local: our shard.
+        shape: tuple, of the whole.
+        memory: dict, what an earlier piece leaves to be used again.
+    """
+
+    def __init__(self, rows, parts, local, shape, memory):
         self.rows = rows
-        self._rows = local.new_empty(
-            (rows.stop - rows.start, *shape[1:]), device="cpu"
+        self._memory = memory
+        self._rows = self._empty(
+            "rows", (rows.stop - rows.start, *shape[1:]), local.dtype
         )
         self._messages = []
         for rank, box in parts.items():
@@ -219,11 +231,16 @@ class _Piece:
                 continue
             buffer = target
             if not target.is_contiguous():
-                buffer = torch.empty_like(
-                    target, memory_format=torch.contiguous_format
-                )
+                buffer = self._empty(rank, target.shape, local.dtype)
             message = dist.irecv(_bytes(buffer), rank)
             self._messages.append((message, buffer, target))
+
+    def _empty(self, key, shape, dtype):
+        size = math.prod(shape)
+        kept = self._memory.get(key)
+        if kept is None or kept.numel() < size:
+            kept = self._memory[key] = torch.empty(size, dtype=dtype)
+        return kept[:size].view(shape)
 
     def whole(self):
         """Waits for the rows."""
