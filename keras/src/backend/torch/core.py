@@ -236,8 +236,11 @@ def convert_to_numpy(x):
     """
     if isinstance(x, streams.Absent):
         return x
-    if any(_is_sharded(e) for e in (x if _is_list(x) else [x])):
-        together.go_on("weights that are read")
+    stored = [getattr(e, "_value", e) for e in (x if _is_list(x) else [x])]
+    if any(isinstance(e, DTensor) for e in stored):
+        # Others may be on the mesh of a data shard alone.
+        is_weight = any(map(sharded.is_weight, stored))
+        together.go_on("weights that are read" if is_weight else None)
     if isinstance(x, DTensor):
         x = laid_out.gathered(x)
     elif _is_list(x):
@@ -247,10 +250,6 @@ def convert_to_numpy(x):
 
 def _is_list(x):
     return isinstance(x, (list, tuple))
-
-
-def _is_sharded(x):
-    return isinstance(getattr(x, "_value", x), DTensor)
 
 
 def vectorized_map(function, elements):
