@@ -193,8 +193,10 @@ x, y = np.ones((8, 4), "f"), np.ones((8, 2), "f")
 model.fit(x, y, verbose=0)
 start = time.monotonic()
 if rank == 0:
-    model.save("m.keras")
-    print("saved", round(time.monotonic() - start))
+    try:
+        model.save("m.keras")
+    finally:
+        print("saved after", time.monotonic() - start)
 if "loop" in sys.argv:
     for _ in range(3):
         loss = ((model(x[rank::2]) - torch.tensor(y[rank::2])) ** 2).mean()
@@ -209,7 +211,6 @@ if "loop" in sys.argv:
 def test_a_save_while_the_others_go_on(cut, then, tmp_path):
     """They leave, or wait in backward for this one."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    start = time.monotonic()
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run"),
@@ -222,11 +223,12 @@ def test_a_save_while_the_others_go_on(cut, then, tmp_path):
         text=True,
         timeout=programs.LIMIT,
     )
-    assert time.monotonic() - start < 100
+    (said,) = [x for x in done.stdout.splitlines() if "saved after" in x]
+    assert float(said.split()[-1]) < 60
     is_saved = (tmp_path / "m.keras").exists()
     if cut == "whole":
         assert done.returncode == 0, done.stderr
-        assert is_saved and "saved" in done.stdout
+        assert is_saved
         if then == "loop":
             assert "goes on without the others" in done.stderr
             lines = [x for x in done.stdout.splitlines() if "weights" in x]
