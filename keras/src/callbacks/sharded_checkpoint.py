@@ -119,8 +119,8 @@ class ShardedCheckpoint(MonitorCallback):
         restored = self._checkpoints.restore(self.model, self.directory)
         if not restored.is_training or restored.epoch is None:
             warnings.warn(
-                f"The checkpoint {restored.path} has weights alone: `fit` "
-                "begins with them at its first epoch.",
+                f"The checkpoint {restored.path} was not made in `fit`, or of "
+                "weights alone: `fit` begins with it at its first epoch.",
                 stacklevel=2,
             )
             return
@@ -169,6 +169,8 @@ class ShardedCheckpoint(MonitorCallback):
         self._end_if_asked(epoch + 1, 0)
 
     def on_train_end(self, logs=None):
+        # Where no epoch was left.
+        self.model._initial_epoch = None
         self.wait_until_finished()
 
     def wait_until_finished(self):

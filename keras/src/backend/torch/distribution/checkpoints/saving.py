@@ -222,6 +222,13 @@ class _Writing:
 
     def _finish(self, sizes):
         names = [shard_file.name_of(rank) for rank in range(self.world)]
+        lacking = [n for n in names if not (self.folder / n).is_file()]
+        if lacking:
+            raise FileNotFoundError(
+                f"{len(lacking)} of {self.world} processes wrote to another "
+                f"{self.folder.parent} than the first process: {lacking[:5]}. "
+                "All hosts must see one directory, as of a network file system."
+            )
         self.manifest["files"] = dict(zip(names, sizes))
         folders.finish(self.folder, self.step, self.manifest, self.max_to_keep)
 

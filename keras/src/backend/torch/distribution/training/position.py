@@ -16,12 +16,14 @@ from keras.src.backend.torch.distribution.training import random_states
 @contextlib.contextmanager
 def of_fit(model):
     """Within it, a model is trained by `fit`."""
-    before = model.__dict__.get(marks.POSITION)
+    before = of(model)
     model.__dict__[marks.POSITION] = Position()
     try:
         yield
     finally:
-        model.__dict__[marks.POSITION] = before
+        del model.__dict__[marks.POSITION]
+        if before is not None:
+            model.__dict__[marks.POSITION] = before
 
 
 def of(model):

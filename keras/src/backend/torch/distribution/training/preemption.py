@@ -48,10 +48,8 @@ def of_fit(model):
     try:
         yield
     finally:
-        now = of(model)
-        model.__dict__[marks.PREEMPTION] = before
-        if now is not None and now is not before:
-            now.leave()
+        if before is None and of(model) is not None:
+            model.__dict__.pop(marks.PREEMPTION).leave()
 
 
 def listen(model):
