@@ -69,6 +69,14 @@ SOURCES = {
     "loader": lambda: {
         "x": torch.utils.data.DataLoader(Noisy(), BATCH, shuffle=True)
     },
+    "generator": lambda: {
+        "x": torch.utils.data.DataLoader(
+            Noisy(),
+            BATCH,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(3),
+        )
+    },
     "endless": lambda: {"x": endless(), "steps_per_epoch": 4},
     "parts": lambda: {
         **dict(zip("xy", arrays())),

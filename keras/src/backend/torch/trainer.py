@@ -426,6 +426,7 @@ class TorchEpochIterator(upstream.TorchEpochIterator):
             y = sample_weight = None
         super().__init__(x, y, sample_weight, **kwargs)
         self.position.is_made_anew = self.steps_per_epoch is None
+        self.position.generators = feeding.generators_of(self.data_adapter)
 
     def _get_iterator(self):
         if not self.position.is_followed:

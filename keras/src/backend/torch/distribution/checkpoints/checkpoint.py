@@ -49,6 +49,7 @@ def save(saver, model, step, training=None, user=None, weights_only=False):
             own["random"] = random_states.get()
             if where is not None:
                 where = dict(where)
+                # Of each process, as a dataset may draw otherwise there.
                 own["began"] = where.pop("began")
                 own["random"] = where.pop("now")
                 training["position"] = where
@@ -205,7 +206,8 @@ def _may_differ(name, reader, is_training):
     kind = name.split("/")[0]
     if kind == state_lib.METRICS:
         # Of an epoch under way they are part of it.
-        return reader.manifest["training"].get("position") is None
+        where = reader.manifest["training"].get("position")
+        return where is None or not where["batch"]
     # A file of weights has no seeds, and need not have slots.
     return kind == reading.OWN or (
         not is_training

@@ -376,6 +376,19 @@ def data_adapter(context, **arguments):
     return LocalDataAdapter(adapter, context)
 
 
+def generators_of(adapter):
+    """The generators of torch's that a user's `DataLoader` draws by."""
+    adapter = getattr(adapter, "adapter", adapter)
+    loader = getattr(adapter, "_dataloader", None)
+    found = {}
+    for name in (None, "sampler", "batch_sampler"):
+        owner = loader if name is None else getattr(loader, name, None)
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    return list(found.values())
+
+
 def to_batch(data, context):
     """The `rows.Batch` of what `train_on_batch` and its like are handed.
 

@@ -4,7 +4,8 @@ An iterator over data is made anew from the random states that held when it was
 made, and gives the batches again that were trained on: they are read and left.
 So the batches that follow, shuffled or drawn, are those of an undisturbed run,
 whatever the source, as long as it draws from the generators of `torch`,
-`numpy` and `random`, or begins alike each time that it is iterated over.
+`numpy` and `random` or from that of a `DataLoader`, or begins alike each time
+that it is iterated over.
 """
 
 import contextlib
@@ -50,28 +51,30 @@ class Position:
         taken: int, how many batches the iterator has given.
         resume: what `tell` gave, until the next iterator has come there.
         steps: int, how many of the current epoch were left out.
+        generators: list of torch's generators that the data is drawn by.
     """
 
     def __init__(self):
+        self.generators = []
         self.is_followed = self.is_made_anew = False
         self.began, self.taken = None, 0
         self.resume, self.steps = None, 0
         self._seen = 0
 
     def tell(self, batch):
-        """Where it is, of which JSON is made; None at the start of an epoch
-        that has an iterator of its own.
+        """Where it is, of which JSON is made.
 
         Args:
             batch: int, how many steps of the epoch are done; 0 between epochs.
         """
+        now = self._states()
         if self.is_made_anew and not batch:
-            return None
+            return {"batch": 0, "taken": 0, "began": None, "now": now}
         return {
             "batch": batch,
             "taken": self.taken,
             "began": self.began,
-            "now": random_states.get(),
+            "now": now,
         }
 
     def leave_out(self, epochs):
@@ -100,11 +103,16 @@ class Position:
     def follow(self, make_iterable):
         """An iterator over what a function makes, that is followed."""
         resume, self.resume = self.resume, None
+        if resume is not None and resume["began"] is None:
+            # An epoch begins. Of the other states, those that hold now.
+            self._set_generators(resume["now"])
+            resume = None
         if resume is None:
-            self.began, self.taken = random_states.get(), 0
+            self.began, self.taken = self._states(), 0
             return _Followed(self, iter(make_iterable()))
         now = random_states.get()
         random_states.set(resume["began"])
+        self._set_generators(resume["began"])
         self.began, self.taken = resume["began"], 0
         iterator = _Followed(self, iter(make_iterable()))
         for _ in range(resume["taken"]):
@@ -113,6 +121,18 @@ class Position:
         # Between epochs others may have drawn, as they did before.
         random_states.set(resume["now"] if resume["batch"] else now)
         return iterator
+
+    def _states(self):
+        states = random_states.get()
+        states["generators"] = [
+            random_states.as_text(generator.get_state())
+            for generator in self.generators
+        ]
+        return states
+
+    def _set_generators(self, states):
+        for generator, text in zip(self.generators, states["generators"]):
+            generator.set_state(random_states.from_text(text))
 
     def _raise_ended(self, count):
         raise ValueError(

@@ -17,11 +17,11 @@ def get():
     states = {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "torch": as_text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():
         # The generator's own, which lies on the host.
-        states["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+        states["cuda"] = as_text(torch.cuda.get_rng_state())
     return states
 
 
@@ -31,9 +31,9 @@ def set(states):
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, "uint32"), *rest))
-    torch.set_rng_state(_bytes(states["torch"]))
+    torch.set_rng_state(from_text(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(states["cuda"]))
+        torch.cuda.set_rng_state(from_text(states["cuda"]))
 
 
 def of_model(model):
@@ -76,5 +76,11 @@ def _numbers(seed):
     return core.convert_to_numpy(seed).tolist()
 
 
-def _bytes(text):
+def as_text(state):
+    """A state of a generator of torch's, for JSON."""
+    return state.numpy().tobytes().hex()
+
+
+def from_text(text):
+    """The state that `as_text` has written."""
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
