@@ -120,8 +120,10 @@ def fit(source, folder, *others, **options):
     return history, model.get_weights()
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("name", ["data", "model"])
+@pytest.mark.parametrize(
+    "name, source",
+    [*(("data", source) for source in SOURCES), ("model", "loader")],
+)
 def test_as_if_it_had_not_been_broken_off(name, source, rank, tmp_path):
     with parity.fresh(make_distribution(name), 5):
         history, expected = fit(source, tmp_path / "whole")
