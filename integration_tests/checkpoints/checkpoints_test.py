@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 import keras
 from integration_tests.harness import everyone
@@ -96,6 +97,10 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(actual[name], expected[name], name)
 
 
+def is_cut(variable):
+    return isinstance(variable._value, DTensor)
+
+
 def assert_restored(model, expected):
     """Of metrics, those that are made already."""
     actual = everything(model)
@@ -143,6 +148,8 @@ def test_any_mesh(source, rank, tmp_path):
             if name in ("data", "both"):
                 # Also what is made in the first step.
                 step(model)
+            cut = [v for v in model.variables if is_cut(v)]
+            assert bool(cut) == (name not in ("alone", "data"))
             user = keras.distribution.load_checkpoint(model, tmp_path)
             assert user == {"epoch": 3}
             assert (np.random.rand(), torch.rand(()).item()) == draws

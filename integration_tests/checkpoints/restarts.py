@@ -38,7 +38,7 @@ keras.distribution.initialize()
 devices = keras.distribution.list_devices()
 mesh = keras.distribution.DeviceMesh((len(devices), 1), ["batch", "model"])
 layouts = keras.distribution.LayoutMap(mesh)
-layouts["hidden/kernel"] = ("batch", None)
+layouts[".*hidden/kernel"] = ("batch", None)
 keras.distribution.set_distribution(
     keras.distribution.ModelParallel(
         layout_map=layouts, batch_dim_name="batch"
@@ -257,6 +257,8 @@ def main():
     parser.add_argument("--kind", choices=("sharded", "backup"), default=None)
     parser.add_argument("--fewer", action="store_true")
     arguments = parser.parse_args()
+    # A job ends with the command that has started it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     kinds = [arguments.kind] if arguments.kind else ["sharded", "backup"]
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:

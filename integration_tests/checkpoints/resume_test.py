@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 import keras
 from integration_tests.harness import everyone
@@ -89,7 +90,7 @@ SOURCES = {
 def make_distribution(name):
     if name == "data":
         return keras.distribution.DataParallel()
-    layouts = {"up/kernel": (None, "model"), "down/kernel": ("model", None)}
+    layouts = {".*up/kernel": (None, "model"), ".*down/kernel": ("model", None)}
     return parity.model_parallel((1, 2), layouts)
 
 
@@ -117,6 +118,9 @@ def fit(source, folder, *others, **options):
         verbose=0,
         callbacks=[checkpoint, *others],
     ).history
+    distribution = keras.distribution.distribution()
+    if isinstance(distribution, keras.distribution.ModelParallel):
+        assert isinstance(model.get_layer("up").kernel._value, DTensor)
     return history, model.get_weights()
 
 
