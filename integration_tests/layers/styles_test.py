@@ -312,11 +312,16 @@ def test_data_shards_of_weights_gather_and_scatter_once_a_use():
         inputs = keras.Input((4,))
         model = keras.Model(inputs, first(second(first(inputs))))
         counted = Counted(model, normal(4))
-    # The first layer is used twice. Gathered are shards, scattered wholes.
-    assert counted.forward == {"all_gather": 3}
+    # The first layer is used twice. Small weights that follow are gathered, and
+    # gradients reduced, together. (gloo's reduce-scatter is an all-reduce.)
+    assert counted.forward == {"all_gather": 2}
     assert counted.forward_bytes == {"all_gather": 3 * 4 * 8}
-    assert counted.backward == {"reduce_scatter": 3}
-    assert counted.backward_bytes == {"reduce_scatter": 3 * 4 * 16}
+    # What is used last is kept; what is used first has no gradient of inputs.
+    assert counted.backward == {"all_gather": 1, "all_reduce": 1}
+    assert counted.backward_bytes == {
+        "all_gather": 4 * 8,
+        "all_reduce": 3 * 4 * 16,
+    }
 
 
 @pytest.mark.world(4)
@@ -336,8 +341,20 @@ def test_both_axes():
             ]
         )
         counted = Counted(model, normal(4))
-    assert counted.forward == {"all_gather": 3, "all_reduce": 1}
-    assert counted.backward == {"reduce_scatter": 3, "all_reduce": 1}
+    # Gathered are shards over the data axis of 8, 6 and 6 numbers, the last two
+    # together; activations are summed over the model axis.
+    activations = ROWS * 4 * 4
+    assert counted.forward == {"all_gather": 2, "all_reduce": 1}
+    assert counted.forward_bytes == {
+        "all_gather": 4 * (8 + 6 + 6),
+        "all_reduce": activations,
+    }
+    # The last is kept, and the gradients are reduced together.
+    assert counted.backward == {"all_gather": 1, "all_reduce": 2}
+    assert counted.backward_bytes == {
+        "all_gather": 4 * 6,
+        "all_reduce": activations + 2 * 4 * (8 + 6 + 6),
+    }
 
 
 @pytest.mark.world(2)
