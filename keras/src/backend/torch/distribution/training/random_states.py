@@ -19,9 +19,9 @@ def get():
         "numpy": [kind, keys.tolist(), *rest],
         "torch": as_text(torch.get_rng_state()),
     }
-    if torch.cuda.is_available():
-        # The generator's own, which lies on the host.
-        states["cuda"] = as_text(torch.cuda.get_rng_state())
+    generator = _of_gpu()
+    if generator is not None:
+        states["cuda"] = as_text(generator.get_state())
     return states
 
 
@@ -32,8 +32,16 @@ def set(states):
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, "uint32"), *rest))
     torch.set_rng_state(from_text(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(from_text(states["cuda"]))
+    generator = _of_gpu()
+    if generator is not None and "cuda" in states:
+        generator.set_state(from_text(states["cuda"]))
+
+
+def _of_gpu():
+    """The generator of this process's GPU, whose state lies on the host; None
+    where no GPU has been used."""
+    generators = torch.cuda.default_generators
+    return generators[torch.cuda.current_device()] if generators else None
 
 
 def of_model(model):
