@@ -84,7 +84,7 @@ def print_table(processes, layout, messages):
             f"{size:.0f}",
             what,
             *(
-                " ".join(f"{x:.0f}" for x in each)
+                " ".join(f"{max(x, 0):.0f}" for x in each)
                 for each in (read, written, held)
             ),
             f"{sum(read) / size:.2f}" if what == "load" else "",
