@@ -8,6 +8,7 @@ are copied. No overlay has to be installed.
 """
 
 import ast
+import builtins
 import pathlib
 import shutil
 import sys
@@ -27,8 +28,8 @@ def build(folder):
         Path of the package.
 
     Raises:
-        ValueError: if a helper of a file has the name of something else that
-            Keras's file has.
+        ValueError: if a helper of a file, or what of Python's it uses, has the
+            name of something else that Keras's file has.
     """
     released = pathlib.Path(keras.__file__).parent
     package = pathlib.Path(folder) / "keras"
@@ -55,6 +56,9 @@ def merged(released, amending):
         for name in mine.keys() & theirs.keys() - {*replaced, "upstream"}
         if mine[name] != theirs[name]
     ]
+    # What is Python's own here, and Keras's there: `map`, say.
+    used = {node.id for node in ast.walk(after) if isinstance(node, ast.Name)}
+    clashes += (used & theirs.keys() & vars(builtins).keys()) - mine.keys()
     if clashes:
         raise ValueError(f"Names of Keras's own: {sorted(clashes)}")
     if isinstance(after.body[0], ast.Expr):

@@ -175,5 +175,10 @@ def test_a_name_of_keras_own_is_not_taken():
     amending = '__all__ = ["f"]\nimport os\nLIMIT = 4\ndef f():\n    pass\n'
     with pytest.raises(ValueError, match="LIMIT"):
         source_tree.merged(released, amending)
-    text = source_tree.merged(released, amending.replace("LIMIT = 4\n", ""))
+    amending = amending.replace("LIMIT = 4\n", "")
+    text = source_tree.merged(released, amending)
     assert text.count("def f()") == 2
+    with pytest.raises(ValueError, match="map"):
+        source_tree.merged(
+            released + "def map():\n    pass\n", amending + "x = map(f, [])\n"
+        )

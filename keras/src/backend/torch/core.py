@@ -239,7 +239,7 @@ def convert_to_numpy(x):
     stored = [getattr(e, "_value", e) for e in (x if _is_list(x) else [x])]
     if any(isinstance(e, DTensor) for e in stored):
         # Others may be on the mesh of a data shard alone.
-        is_weight = any(map(sharded.is_weight, stored))
+        is_weight = any(sharded.is_weight(each) for each in stored)
         together.go_on("weights that are read" if is_weight else None)
     if isinstance(x, DTensor):
         x = laid_out.gathered(x)
