@@ -232,5 +232,5 @@ def test_other_processes_write_nothing(rank, tmp_path, monkeypatch):
     assert second == []
     assert {pathlib.Path(path).name for path in first} >= {
         "log.csv",
-        "training_metadata.json",
+        "new_training_metadata.json.tmp",
     }

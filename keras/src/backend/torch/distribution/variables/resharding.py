@@ -197,7 +197,7 @@ class Reads:
 
     def begin(self):
         self.met = {}  # read -> variable, in their order
-        self.ready = {}  # read -> whole weight
+        self.ready = {}  # read -> version, and whole weight of that
 
     def read(self, read, variable, value, unshard):
         """A whole weight.
@@ -210,10 +210,14 @@ class Reads:
         """
         first = read not in self.met
         self.met.setdefault(read, variable)
+        part, _ = read
         if read in self.ready:
             # Of a layer of layers, a weight might lie here for long.
             ready = self.ready if self.keeps else {read: self.ready.pop(read)}
-            return ready[read]
+            version, whole = ready[read]
+            # A layer may write into a state, and read it again.
+            if version == part.version and not part.may_change_unseen:
+                return whole
         triples = [(read, variable, value)]
         if first:
             triples += [
@@ -223,7 +227,7 @@ class Reads:
             ]
         wholes = unshard(triples)
         for (other, *_), whole in zip(triples, wholes):
-            self.ready[other] = whole
+            self.ready[other] = other[0].version, whole
         if not self.keeps:
             del self.ready[read]
         return wholes[0]
