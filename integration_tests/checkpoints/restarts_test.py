@@ -22,7 +22,7 @@ def expected(tmp_path_factory):
 
 def test_killed_at_random(expected, tmp_path):
     actual = restarts.run_killed(
-        tmp_path / "job", kills=2, seed=os.getpid(), longest=0.2, **OPTIONS
+        tmp_path / "job", kills=1, seed=os.getpid(), longest=0.2, **OPTIONS
     )
     assert restarts.largest_difference(actual, expected) == 0.0
 

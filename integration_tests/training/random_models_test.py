@@ -29,7 +29,7 @@ MESHES = {
     ],
 }
 # By the number of processes: how many are drawn for each seed.
-EXAMPLES = {2: 50, 4: 30}
+EXAMPLES = {2: 25, 4: 15}
 
 
 def example(world_size):

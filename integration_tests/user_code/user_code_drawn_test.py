@@ -14,7 +14,7 @@ from integration_tests.user_code import agreement
 from integration_tests.user_code import drawn
 from integration_tests.user_code import layouts
 
-EXAMPLES = int(os.environ.get("USER_CODE_EXAMPLES", 150))
+EXAMPLES = int(os.environ.get("USER_CODE_EXAMPLES", 80))
 SEED = int(os.environ.get("USER_CODE_SEED", 0))
 LIMIT = 120 + 2 * EXAMPLES
 
