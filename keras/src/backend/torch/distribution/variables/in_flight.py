@@ -237,8 +237,9 @@ class Reduction:
             self._work = dist.all_reduce(buffer, group=group, async_op=True)
         else:
             self._result = buffer.new_empty(buffer.shape[1])
+            # Flat: gloo, where it serves GPUs, goes by the first dim.
             self._work = dist.reduce_scatter_single(
-                self._result, buffer, group=group, async_op=True
+                self._result, buffer.view(-1), group=group, async_op=True
             )
         self._buffer = buffer
 
@@ -261,15 +262,18 @@ class Reduction:
         for part, piece, shard in zip(self._parts, pieces, self._shards):
             if shard is not None:
                 memory = shard.untyped_storage()
-                memory.resize_(shard.numel() * shard.element_size())
+                if not memory.nbytes():
+                    memory.resize_(shard.numel() * shard.element_size())
                 shard.copy_(part.own(piece))
         self._work = self._buffer = self._result = self._shards = None
 
 
 def _without_memory(like, shape):
-    """A new tensor that gets its memory later."""
+    """A new tensor that gets its memory later: on a GPU at once, as only torch
+    built for it empties its memory, which the simulated one has not."""
     x = like.new_empty(shape)
-    x.untyped_storage().resize_(0)
+    if x.device.type == "cpu":
+        x.untyped_storage().resize_(0)
     return x
 
 
