@@ -55,6 +55,12 @@ def main(options):
         The exit status: 0 if both runs gave the same numbers, 1 if not, 2 if
         one of them did not come to its end.
     """
+    if options.processes < 2:
+        print(
+            "One process is compared with several: `--processes` is 2 or more. "
+            f"Received: {options.processes}"
+        )
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         try:
             runs = [
@@ -105,7 +111,11 @@ def run(options, processes, folder):
         end = printed.read().splitlines()[-30:]
     results = sorted(folder.glob("result*.json"))
     if status != 0 or len(results) != processes:
-        why = "it made no update" if status == 0 else f"exit status {status}"
+        why = (
+            "it made no update by an optimizer of Keras's"
+            if status == 0
+            else f"exit status {status}"
+        )
         if not isinstance(status, int):
             why = status
         raise Failed(

@@ -37,6 +37,7 @@ class Recorder:
 
     Attributes:
         losses: dict from names of logs to lists of floats, one a step.
+        has_distribution: whether an update was made under a distribution.
         arrays: dict from `kind|step|path` to whole arrays.
     """
 
@@ -44,12 +45,16 @@ class Recorder:
         self.wanted, self.steps = steps, 0
         self.losses, self.arrays = {}, {}
         self.times, self.variables = [], {}
+        self.has_distribution = False
 
     def before_update(self, optimizer, grads, variables):
         """Collective under a distribution: it gathers gradients."""
         if self.steps == self.wanted:
             self.end()
         self.steps += 1
+        # It may be set for as long as a `with` lasts.
+        if keras.distribution.distribution() is not None:
+            self.has_distribution = True
         self.times.append([time.perf_counter()] * 2)
         for variable in (*variables, *optimizer.variables):
             self.variables[variable.path] = variable
@@ -156,7 +161,6 @@ def main(folder, steps, devices, script, *arguments):
     keras.utils.set_random_seed(0)
     # Dropout and the like give one device's numbers then, on any mesh.
     distribution_lib.Distribution.draw_global_batch = True
-    has_distribution = False
     with contextlib.ExitStack() as stack:
         if is_alone:
             stack.enter_context(alone(int(devices)))
@@ -167,7 +171,6 @@ def main(folder, steps, devices, script, *arguments):
                 recorder.end()
         except Enough:
             pass
-        has_distribution = keras.distribution.distribution() is not None
     if not recorder.steps:
         return
     rank = int(os.environ.get("RANK", 0))
@@ -178,7 +181,7 @@ def main(folder, steps, devices, script, *arguments):
         "losses": recorder.losses,
         "memory": peak_memory(),
         "seconds": seconds(recorder.times),
-        "distribution": has_distribution,
+        "distribution": recorder.has_distribution,
     }
     pathlib.Path(folder, f"result{rank}.json").write_text(json.dumps(said))
 

@@ -23,10 +23,8 @@ mesh = keras.distribution.DeviceMesh((1, 2), ("batch", "model"), devices)
 layout_map = keras.distribution.LayoutMap(mesh)
 layout_map[".*up/kernel"] = (None, "model")
 layout_map[".*down/kernel"] = ("model", None)
-keras.distribution.set_distribution(
-    keras.distribution.ModelParallel(
-        layout_map=layout_map, batch_dim_name="batch"
-    )
+distribution = keras.distribution.ModelParallel(
+    layout_map=layout_map, batch_dim_name="batch"
 )
 
 
@@ -35,24 +33,33 @@ class Wrong(keras.layers.Layer):
         return x * int(os.environ.get("WORLD_SIZE", 1))
 
 
-model = keras.Sequential([keras.layers.Dense(6, "relu", name="up")])
-model.add(keras.layers.Dropout(0.3))
+def train():
+    model = keras.Sequential([keras.layers.Dense(6, "relu", name="up")])
+    model.add(keras.layers.Dropout(0.3))
+    if "wrong" in sys.argv:
+        model.add(Wrong())
+    model.add(keras.layers.Dense(3, name="down"))
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(9, n)).astype("float32") for n in (5, 3))
+    model.fit(x, y, batch_size=4, epochs=3)
+
+
 if "wrong" in sys.argv:
-    model.add(Wrong())
-model.add(keras.layers.Dense(3, name="down"))
-model.compile("sgd", "mse")
-rng = np.random.default_rng(0)
-x, y = (rng.normal(size=(9, n)).astype("float32") for n in (5, 3))
-model.fit(x, y, batch_size=4, epochs=3)
+    keras.distribution.set_distribution(distribution)
+    train()
+else:
+    with distribution.scope():
+        train()
 raise AssertionError("two steps were asked for")
 """
 
 
-def options(script, *arguments):
+def options(script, *arguments, **others):
     parser = argparse.ArgumentParser()
     compare.add_arguments(parser)
     parsed = parser.parse_args([str(script), "--", *arguments])
-    return types.SimpleNamespace(**{**vars(parsed), "steps": 2})
+    return types.SimpleNamespace(**{**vars(parsed), "steps": 2, **others})
 
 
 @pytest.mark.parametrize("arguments", [(), ("wrong",)], ids=["same", "wrong"])
@@ -78,6 +85,8 @@ def test_a_program_that_fails(tmp_path, capsys):
     assert ended.value.code == 2
     assert "ValueError: no data" in capsys.readouterr().out
     script.write_text("print('trains nothing')")
+    assert compare.main(options(script, processes=1)) == 2
+    assert "2 or more" in capsys.readouterr().out
     assert compare.main(options(script)) == 2
     assert "it made no update" in capsys.readouterr().out
 
