@@ -15,6 +15,9 @@ import tempfile
 import numpy as np
 
 CHILD = f"{__package__}.compare_child"
+# Seconds that a launcher has to end its processes, of which it needs 30 where
+# they do not listen.
+PATIENCE = 60
 # Numbers below it are zero.
 NOTHING = 1e-30
 
@@ -97,34 +100,30 @@ def run(options, processes, folder):
     environment.setdefault("OMP_NUM_THREADS", "1")
     print(f"{options.script} on {_processes(processes)} ...", flush=True)
     with open(folder / "printed", "w+") as printed:
+        process = subprocess.Popen(
+            command, env=environment, stdout=printed, stderr=subprocess.STDOUT
+        )
         try:
-            status = subprocess.run(
-                command,
-                env=environment,
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                timeout=options.timeout,
-            ).returncode
+            status = process.wait(options.timeout)
         except subprocess.TimeoutExpired:
             status = f"it ran longer than {options.timeout:g} s"
+        finally:
+            end_process(process)
         printed.seek(0)
         end = printed.read().splitlines()[-30:]
     results = sorted(folder.glob("result*.json"))
     if status != 0 or len(results) != processes:
-        why = (
-            "it made no update by an optimizer of Keras's"
-            if status == 0
-            else f"exit status {status}"
-        )
-        if not isinstance(status, int):
-            why = status
+        if status == 0:
+            status = "it made no update by an optimizer of Keras's"
+        elif isinstance(status, int):
+            status = f"exit status {status}"
         raise Failed(
             "\n".join(
                 [
                     *end,
                     "",
                     f"{options.script} failed on {_processes(processes)}: "
-                    f"{why}. It printed the above at last.",
+                    f"{status}. It printed the above at last.",
                 ]
             )
         )
@@ -136,6 +135,20 @@ def run(options, processes, folder):
             "seconds": max(each["seconds"] for each in said),
             "arrays": dict(arrays),
         }
+
+
+def end_process(process):
+    """Ends a process that runs still, and those that it has launched.
+
+    A launcher ends its own at SIGTERM, and not where it is killed.
+    """
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def report(one, several, options):

@@ -1,6 +1,10 @@
 """The command that runs a program on one process and on several."""
 
 import argparse
+import os
+import subprocess
+import sys
+import time
 import types
 
 import numpy as np
@@ -89,6 +93,27 @@ def test_a_program_that_fails(tmp_path, capsys):
     assert "2 or more" in capsys.readouterr().out
     assert compare.main(options(script)) == 2
     assert "it made no update" in capsys.readouterr().out
+
+
+def test_nothing_is_left_of_what_is_ended(tmp_path):
+    """Workers of the launcher neither."""
+    script = tmp_path / "sleeps.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "open(os.path.join(sys.path[0], f'{os.getpid()}.pid'), 'w').close()\n"
+        "time.sleep(600)\n"
+    )
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    process = subprocess.Popen([sys.executable, *launcher.split(), script])
+    try:
+        while len(pids := list(tmp_path.glob("*.pid"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.1)
+    finally:
+        compare.end_process(process)
+    for path in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.stem), 0)
 
 
 def a_run(loss=1.0, **arrays):
