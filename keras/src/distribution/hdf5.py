@@ -6,6 +6,7 @@ nothing.
 """
 
 import contextlib
+import functools
 import io
 import os
 
@@ -313,11 +314,17 @@ def _write(dataset, pieces):
 
 def is_in_parts(load):
     """Whether a function that loads variables only assigns what it reads."""
+    return load in _loads_in_parts()
+
+
+@functools.cache
+def _loads_in_parts():
+    """Those of Keras's, which is imported after this file."""
     from keras.src import layers
     from keras.src.layers.convolutional.base_conv import BaseConv
     from keras.src.optimizers.base_optimizer import BaseOptimizer
 
-    return load in {
+    return {
         each.load_own_variables
         for each in (
             layers.Layer,

@@ -9,6 +9,7 @@ of the global batch and keeps what is for its own: one device's numbers.
 """
 
 import functools
+import inspect
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -118,67 +119,53 @@ beta = _for_all_rows(upstream.beta)
 binomial = _for_all_rows(upstream.binomial)
 gamma = _for_all_rows(upstream.gamma)
 randint = _for_all_rows(upstream.randint)
-released_normal = _for_all_rows(upstream.normal)
-released_truncated_normal = _for_all_rows(upstream.truncated_normal)
-released_uniform = _for_all_rows(upstream.uniform)
 
 
-def _generator_of_part(numbers, shape, parameters, dtype, seed):
-    """The generator to draw our part of a variable with, None where a draw is
-    not one, or has to be drawn whole.
+def _in_parts(function, numbers, draw):
+    """A function that draws a shape: our part, where that is of a variable
+    that is sharded, and can be drawn without the whole.
 
     Args:
-        numbers: class of `drawing`.
-        shape: tuple, of the whole.
-        parameters: of the distribution.
-        dtype: string.
-        seed: as Keras's functions take it.
+        function: of a shape, two parameters, a dtype and a seed.
+        numbers: class of `drawing`, what it draws by.
+        draw: function of `drawing`, by which a part is drawn.
     """
-    part = modes.part
-    if (
-        part is None
-        or tuple(shape) != part.shape
-        or any(type(x) not in (int, float) for x in parameters)
-        or torch.device(get_device()).type != "cpu"
-        or not drawing.can_draw(numbers, part, dtype)
-    ):
-        return None
-    generator = upstream.torch_seed_generator(seed)
-    part.origin = f"{parameters} of seed {generator.initial_seed()}"
-    return generator
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def draw_part(*args, **kwargs):
+        part = modes.part
+        if part is None:
+            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        shape, *parameters, dtype, seed = bound.arguments.values()
+        dtype = to_torch_dtype(dtype or floatx())
+        if (
+            tuple(shape) != part.shape
+            or any(type(x) not in (int, float) for x in parameters)
+            or torch.device(get_device()).type != "cpu"
+            or not drawing.can_draw(numbers, part, dtype)
+        ):
+            return function(*args, **kwargs)
+        generator = upstream.torch_seed_generator(seed)
+        part.origin = f"{tuple(parameters)} of seed {generator.initial_seed()}"
+        return draw(generator, part, dtype, *parameters)
+
+    return draw_part
 
 
-def normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
-    """As Keras's; of a variable that is sharded, our part."""
-    drawn = to_torch_dtype(dtype or floatx())
-    generator = _generator_of_part(
-        drawing.Normal, shape, (mean, stddev), drawn, seed
-    )
-    if generator is None:
-        return released_normal(shape, mean, stddev, dtype, seed)
-    return drawing.normal(generator, modes.part, drawn, mean, stddev)
-
-
-def truncated_normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
-    """As Keras's; of a variable that is sharded, our part."""
-    drawn = to_torch_dtype(dtype or floatx())
-    generator = _generator_of_part(
-        drawing.Normal, shape, (mean, stddev), drawn, seed
-    )
-    if generator is None:
-        return released_truncated_normal(shape, mean, stddev, dtype, seed)
-    return drawing.truncated_normal(generator, modes.part, drawn, mean, stddev)
-
-
-def uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
-    """As Keras's; of a variable that is sharded, our part."""
-    drawn = to_torch_dtype(dtype or floatx())
-    generator = _generator_of_part(
-        drawing.Uniform, shape, (minval, maxval), drawn, seed
-    )
-    if generator is None:
-        return released_uniform(shape, minval, maxval, dtype, seed)
-    return drawing.uniform(generator, modes.part, drawn, minval, maxval)
+normal = _in_parts(
+    _for_all_rows(upstream.normal), drawing.Normal, drawing.normal
+)
+truncated_normal = _in_parts(
+    _for_all_rows(upstream.truncated_normal),
+    drawing.Normal,
+    drawing.truncated_normal,
+)
+uniform = _in_parts(
+    _for_all_rows(upstream.uniform), drawing.Uniform, drawing.uniform
+)
 
 
 def dropout(inputs, rate, noise_shape=None, seed=None):

@@ -102,7 +102,7 @@ def describe(path):
         f"{reader.folder}: {manifest['of']}, step {manifest['step']}, by "
         f"{manifest['processes']} process(es), Keras {manifest['keras']}"
     ]
-    others = [p for p in folders.complete(reader.folder.parent)]
+    others = folders.complete(reader.folder.parent)
     if len(others) > 1:
         lines.append(f"beside it: {', '.join(sorted(p.name for p in others))}")
     for name, (dtype, shape) in manifest["tensors"].items():

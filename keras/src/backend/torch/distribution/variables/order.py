@@ -8,6 +8,7 @@ freed, nor from when. A wrong prediction is waited for, and dropped.
 """
 
 import collections
+import contextlib
 import itertools
 
 from keras.src.backend.torch.distribution import private
@@ -140,15 +141,15 @@ class Order:
             if reduction in self._reductions:
                 self._reductions.remove(reduction)
 
-    def begin_forward(self):
-        """To be called as the outermost layer is called. Returns what is to be
-        handed to `end_forward`."""
+    @contextlib.contextmanager
+    def forward_pass(self):
+        """Within it, the outermost layer is called."""
         before, self._forward = self._forward, Pass(self)
-        return before
-
-    def end_forward(self, before):
-        self._drop_of(self._forward)
-        self._forward = before
+        try:
+            yield
+        finally:
+            self._drop_of(self._forward)
+            self._forward = before
 
     def _drop(self):
         """Forgets what is on its way."""

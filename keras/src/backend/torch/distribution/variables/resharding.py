@@ -194,6 +194,7 @@ class Reads:
         # By the first read of it: reads that are made together. A read is a
         # `Part`, and whether autograd tracks it.
         self.together = {}
+        self.begin()
 
     def begin(self):
         self.met = {}  # read -> variable, in their order
@@ -262,7 +263,7 @@ def reading(layer):
     reads = layer.__dict__.get(marks.READS)
     if reads is None:
         reads = layer.__dict__[marks.READS] = Reads(layer)
-    if hasattr(reads, "met") and reads.met:
+    if reads.met:
         # Called by itself, or by another thread.
         reads = Reads(layer)
     reads.begin()

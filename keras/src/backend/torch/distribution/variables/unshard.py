@@ -126,7 +126,9 @@ def _value(part, variable, value):
         value = part.weight
         if value is None:
             # Freed since: nobody reads it.
-            value = torch.zeros(part.shard_shape, dtype=part.dtype)
+            value = torch.zeros(
+                part.shard_shape, dtype=part.dtype, device=part.device
+            )
         elif value.dtype != part.dtype:
             value = value.to(part.dtype)
     return value
@@ -208,31 +210,31 @@ def order_of(context):
     return context.order
 
 
-@contextlib.contextmanager
+NOTHING = contextlib.nullcontext()
+
+
+def _may_unshard(context):
+    """Whether a data axis may cut weights."""
+    return context.has_layouts and bool(context.data_axes)
+
+
 def forward_pass(context):
     """Within it, the outermost layer is called."""
-    order = order_of(context)
-    before = order.begin_forward()
-    try:
-        yield
-    finally:
-        order.end_forward(before)
+    if not _may_unshard(context):
+        return NOTHING
+    return order_of(context).forward_pass()
 
 
 def reading(layer, context):
     """Within it, a layer is called: what it unshards is freed after it, and
     noted for the next call. Nothing for what unshards nothing."""
     if (
-        not context.has_layouts
-        or not context.data_axes
+        not _may_unshard(context)
         or torch.compiler.is_compiling()
         or not _reads(layer, context)
     ):
         return NOTHING
     return resharding.reading(layer)
-
-
-NOTHING = contextlib.nullcontext()
 
 
 def _reads(layer, context):

@@ -43,10 +43,8 @@ def _sum_of_dims(x, dim, keepdim, dtype):
     for cut, axis, _ in levels:
         if cut in dims and layout.mesh.size(axis) > 1:
             dist.all_reduce(total, group=layout.mesh.get_group(axis))
-    for cut, axis, size in reversed(levels):
-        if cut not in dims:
-            group = layout.mesh.get_group(axis)
-            total = collectives.all_gather(total, cut, size, group)
+    others = [level for level in levels if level[0] not in dims]
+    total = laid_out.gather_levels(total, others, layout.mesh)
     return total if keepdim else total.squeeze(tuple(dims))
 
 
