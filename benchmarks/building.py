@@ -62,8 +62,7 @@ def main():
     options = parser.parse_args()
     report.print_environment(report.environment(options.processes[-1]))
     print()
-    report.print_row(*COLUMNS)
-    report.print_row(*["---"] * len(COLUMNS))
+    report.print_head(*COLUMNS)
     for drawn in options.drawn:
         for processes in options.processes:
             layouts = options.layouts if processes > 1 else ["none"]

@@ -57,8 +57,7 @@ def main():
     options = parser.parse_args()
     report.print_environment(report.environment(options.processes[-1]))
     print()
-    report.print_row(*COLUMNS)
-    report.print_row(*["---"] * len(COLUMNS))
+    report.print_head(*COLUMNS)
     for processes in options.processes:
         for layout in options.layouts if processes > 1 else ["none"]:
             folder = tempfile.mkdtemp(dir=options.folder)

@@ -50,8 +50,7 @@ def main():
     output = {"environment": report.environment(options.processes)}
     report.print_environment(output["environment"])
     print(f"\n{options.workload}: MiB of process 0\n")
-    report.print_row("", "variant", *(c.replace("_", ", ") for c in COLUMNS))
-    report.print_row(*["---"] * (2 + len(COLUMNS)))
+    report.print_head("", "variant", *(c.replace("_", ", ") for c in COLUMNS))
     for entry in catalog.entries(options.workload):
         if options.only and entry.key not in options.only:
             continue

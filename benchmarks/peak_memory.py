@@ -60,8 +60,7 @@ def main():
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ[name] = "65536"
     report.print_environment(report.environment(options.processes))
-    report.print_row("", "variant", "between steps", "peak", "loss")
-    report.print_row(*["---"] * 5)
+    report.print_head("", "variant", "between steps", "peak", "loss")
     sizes = options.layers, options.width, options.batch
     for key, title in VARIANTS.items():
         if options.only and key not in options.only:

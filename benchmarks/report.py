@@ -42,6 +42,12 @@ def _processor():
     return platform.processor() or platform.machine()
 
 
+def print_head(*columns):
+    """The first two lines of a table."""
+    print_row(*columns)
+    print_row(*["---"] * len(columns))
+
+
 def print_environment(facts):
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
 
@@ -80,8 +86,7 @@ def _print_times(entries, seconds):
     if peer:
         print(f"The peer is {peer}, {titles[peer]}.")
     print()
-    print_row("", "variant", "ms a step", "to 1", "to the peer")
-    print_row(*["---"] * 5)
+    print_head("", "variant", "ms a step", "to 1", "to the peer")
     for entry in entries:
         mine = seconds[entry.key]
         print_row(
@@ -99,8 +104,7 @@ def _print_checks(entries, facts):
         f"Losses of the first three steps and norm of the first gradient; "
         f"within {TOLERANCE:g} of 1, relative?\n"
     )
-    print_row("", "variant", "losses", "gradient norm", "agrees")
-    print_row(*["---"] * 5)
+    print_head("", "variant", "losses", "gradient norm", "agrees")
     for entry in entries:
         mine = facts[entry.key]
         print_row(
@@ -117,7 +121,7 @@ def _print_costs(entries, facts):
         "Process 0, a step: collectives, and MiB of what the process hands "
         "to them. `fit` adds some once a call. MiB stored after a step.\n"
     )
-    print_row(
+    print_head(
         "",
         "variant",
         "collectives",
@@ -128,7 +132,6 @@ def _print_costs(entries, facts):
         "gradients",
         "optimizer",
     )
-    print_row(*["---"] * 9)
     for entry in entries:
         mine = facts[entry.key]
         calls = mine["calls"]

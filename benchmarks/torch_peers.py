@@ -82,10 +82,7 @@ class MixedAdam:
             adam.step()
 
 
-def distributed_data_parallel(sizes, mesh):
-    model = DistributedDataParallel(
-        torch_models.make_model(sizes), gradient_as_bucket_view=True
-    )
+def step_on_local_rows(sizes, model):
     return TorchStep(
         sizes,
         model,
@@ -93,6 +90,13 @@ def distributed_data_parallel(sizes, mesh):
         batch=local_batch(sizes),
         splits_rows=True,
     )
+
+
+def distributed_data_parallel(sizes, mesh):
+    model = DistributedDataParallel(
+        torch_models.make_model(sizes), gradient_as_bucket_view=True
+    )
+    return step_on_local_rows(sizes, model)
 
 
 def fully_sharded(sizes, mesh):
@@ -103,13 +107,7 @@ def fully_sharded(sizes, mesh):
     for block in getattr(model, "blocks", []):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return TorchStep(
-        sizes,
-        model,
-        fused_adam(sizes, model.parameters()),
-        batch=local_batch(sizes),
-        splits_rows=True,
-    )
+    return step_on_local_rows(sizes, model)
 
 
 def fully_sharded_layers(sizes, mesh):
@@ -120,13 +118,7 @@ def fully_sharded_layers(sizes, mesh):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    return TorchStep(
-        sizes,
-        model,
-        fused_adam(sizes, model.parameters()),
-        batch=local_batch(sizes),
-        splits_rows=True,
-    )
+    return step_on_local_rows(sizes, model)
 
 
 def fully_sharded_two_axes(sizes, mesh):

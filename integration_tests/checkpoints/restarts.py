@@ -169,6 +169,17 @@ class Job:
             raise
         return code, self.said()
 
+    def finish(self):
+        """Waits for its end, and kills what is left of it. Returns its
+        weights."""
+        try:
+            code, said = self.wait()
+        finally:
+            self.kill()
+        if code:
+            raise RuntimeError(f"The job failed: {said}")
+        return self.weights()
+
     def said(self):
         return (self.folder / f"{self.id}.log").read_text()
 
@@ -201,12 +212,9 @@ def run_killed(folder, kills, seed, longest=0.5, **options):
                 )
             time.sleep(rng.uniform(0, longest))
             _kill(rng.choice(pids))
-        code, said = job.wait()
+        return job.finish()
     finally:
         job.kill()
-    if code:
-        raise RuntimeError(f"The job failed: {said}")
-    return job.weights()
 
 
 def largest_difference(actual, expected):
@@ -228,25 +236,11 @@ def run_with_fewer(folder, processes=2, **options):
         finally:
             job.kill()
         processes -= 1
-    job = Job(folder, processes=1, **options)
-    try:
-        code, said = job.wait()
-    finally:
-        job.kill()
-    if code:
-        raise RuntimeError(f"The job failed: {said}")
-    return job.weights()
+    return undisturbed(folder, processes=1, **options)
 
 
 def undisturbed(folder, **options):
-    job = Job(folder, **options)
-    try:
-        code, said = job.wait()
-    finally:
-        job.kill()
-    if code:
-        raise RuntimeError(f"The job failed: {said}")
-    return job.weights()
+    return Job(folder, **options).finish()
 
 
 def main():

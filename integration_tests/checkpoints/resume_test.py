@@ -252,28 +252,33 @@ def test_preemption(asked, rank, tmp_path, capsys):
         np.testing.assert_array_equal(a, b)
 
 
+def fit_with_backup(folder, before=(), after=()):
+    """Trains a new model. Returns its weights.
+
+    Args:
+        before, after: callbacks before and after that which backs up.
+    """
+    model = make_model()
+    backup = callbacks.BackupAndRestore(folder, delete_checkpoint=False)
+    model.fit(
+        **SOURCES["arrays"](),
+        epochs=EPOCHS,
+        verbose=0,
+        callbacks=[*before, backup, *after],
+    )
+    return model.get_weights()
+
+
 def test_backup_and_restore(rank, tmp_path):
     """Seeds and random states are in a backup too."""
-
-    def run(folder, *others):
-        model = make_model()
-        backup = callbacks.BackupAndRestore(folder, delete_checkpoint=False)
-        model.fit(
-            **SOURCES["arrays"](),
-            epochs=EPOCHS,
-            verbose=0,
-            callbacks=[backup, *others],
-        )
-        return model.get_weights()
-
     with parity.fresh(make_distribution("data"), 5):
-        expected = run(tmp_path / "whole")
+        expected = fit_with_backup(tmp_path / "whole")
     with parity.fresh(make_distribution("data"), 5):
         with pytest.raises(KeyError):
-            run(tmp_path / "part", Interrupt(7))
+            fit_with_backup(tmp_path / "part", after=[Interrupt(7)])
         everyone.gather(None)
     with parity.fresh(make_distribution("data"), 6):
-        for a, b in zip(run(tmp_path / "part"), expected):
+        for a, b in zip(fit_with_backup(tmp_path / "part"), expected):
             np.testing.assert_array_equal(a, b)
 
 
@@ -295,19 +300,8 @@ def test_a_backup_is_whole_or_not_there(moved, rank, tmp_path, monkeypatch):
                 count[0] += 1
         released(source, destination)
 
-    def run(folder, *others):
-        model = make_model()
-        backup = callbacks.BackupAndRestore(folder, delete_checkpoint=False)
-        model.fit(
-            **SOURCES["arrays"](),
-            epochs=EPOCHS,
-            verbose=0,
-            callbacks=[*others, backup],
-        )
-        return model.get_weights()
-
     with parity.fresh(make_distribution("data"), 5):
-        expected = run(tmp_path / "whole")
+        expected = fit_with_backup(tmp_path / "whole")
 
     class Kills(callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -316,11 +310,13 @@ def test_a_backup_is_whole_or_not_there(moved, rank, tmp_path, monkeypatch):
                 monkeypatch.setattr(os, "replace", replace)
 
     with parity.fresh(make_distribution("data"), 5):
-        outcomes = everyone.outcomes(lambda: run(tmp_path / "part", Kills()))
+        outcomes = everyone.outcomes(
+            lambda: fit_with_backup(tmp_path / "part", before=[Kills()])
+        )
         monkeypatch.setattr(os, "replace", released)
     assert moved == 2 or all("killed" in o for o in outcomes), outcomes
     with parity.fresh(make_distribution("data"), 6):
-        for a, b in zip(run(tmp_path / "part"), expected):
+        for a, b in zip(fit_with_backup(tmp_path / "part"), expected):
             np.testing.assert_array_equal(a, b)
 
 

@@ -594,6 +594,25 @@ class Collectives(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+def update_twice(model, optimizer):
+    """Returns what the second update communicates."""
+    for _ in range(2):
+        model.zero_grad()
+        square(model(local_rows(normal(6)))).backward()
+        variables = model.trainable_variables
+        grads = [v.value.grad for v in variables]
+        with torch.no_grad(), Collectives() as collectives:
+            optimizer.apply(grads, variables)
+    return collectives.met
+
+
+def assert_as_one_device(program, world_size):
+    one_device = parity.run(program, deep)
+    for distribution in distributions(world_size):
+        actual = parity.run(program, deep, distribution)
+        parity.assert_equal_on_all(f"{distribution}", actual, one_device)
+
+
 # What an update of four matrices of 6 x 6 and four biases communicates.
 UPDATES = {
     "clipvalue": ({"clipvalue": 0.02}, []),
@@ -610,21 +629,12 @@ def test_collectives_of_an_update(name, world_size):
 
     def program(model):
         optimizer = keras.optimizers.SGD(0.1, **arguments)
-        for _ in range(2):
-            model.zero_grad()
-            square(model(local_rows(normal(6)))).backward()
-            variables = model.trainable_variables
-            grads = [v.value.grad for v in variables]
-            with torch.no_grad(), Collectives() as collectives:
-                optimizer.apply(grads, variables)
+        met = update_twice(model, optimizer)
         if keras.distribution.distribution() is not None:
-            assert collectives.met == expected
+            assert met == expected
         return [numpy(v) for v in model.variables]
 
-    one_device = parity.run(program, deep)
-    for distribution in distributions(world_size):
-        actual = parity.run(program, deep, distribution)
-        parity.assert_equal_on_all(f"{distribution}", actual, one_device)
+    assert_as_one_device(program, world_size)
 
 
 @pytest.mark.parametrize("axis", [0, 1, (0, 1)])
@@ -636,20 +646,9 @@ def test_constraints_add_up_norms(axis, world_size):
         for layer in model.layers:
             layer.kernel.constraint = constraint
         optimizer = keras.optimizers.SGD(0.1)
-        for _ in range(2):
-            model.zero_grad()
-            square(model(local_rows(normal(6)))).backward()
-            variables = model.trainable_variables
-            grads = [v.value.grad for v in variables]
-            with torch.no_grad(), Collectives() as collectives:
-                optimizer.apply(grads, variables)
+        met = update_twice(model, optimizer)
         if keras.distribution.distribution() is not None:
-            assert all(size <= 8 for _, size in collectives.met), (
-                collectives.met
-            )
+            assert all(size <= 8 for _, size in met), met
         return [numpy(v) for v in model.variables]
 
-    one_device = parity.run(program, deep)
-    for distribution in distributions(world_size):
-        actual = parity.run(program, deep, distribution)
-        parity.assert_equal_on_all(f"{distribution}", actual, one_device)
+    assert_as_one_device(program, world_size)
