@@ -53,10 +53,11 @@ def gathered_by_writer(stored):
     if layout.is_partial:
         whole = laid_out.gathered(stored)
         return whole if process_group.is_first() else None
-    together.go_on()
     whole = None
     if process_group.is_first():
+        # Before the others begin to send: where there is no room, all hear it.
         whole = stored._local_tensor.new_empty(layout.shape)
+    together.go_on()
     for rows, piece in _pieces(stored):
         whole[rows].copy_(piece)
     return whole
