@@ -297,6 +297,75 @@ def test_what_may_differ(distribution):
     assert all(each == history for each in everyone.gather(history))
 
 
+def test_what_keras_numbers_may_differ(distribution):
+    """One process has made layers before, as for a model of its own."""
+
+    def trained():
+        model = keras.Sequential(
+            [
+                keras.Input((5,)),
+                layers.Dense(8, "tanh"),
+                layers.Dropout(0.1),
+                keras.Sequential([layers.Dense(8), layers.Dense(3)]),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
+        return fit(model), model.get_weights()
+
+    expected = trained()
+    if is_odd():
+        keras.Sequential([layers.Dense(8), layers.Dropout(0.5)])
+        keras.optimizers.SGD()
+        keras.Model(x := keras.Input((5,)), x)
+    keras.utils.set_random_seed(1)
+    history, weights = trained()
+    assert history == expected[0]
+    for value, other in zip(weights, expected[1]):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_a_key_that_matches_on_one_process():
+    """Since Keras has numbered a layer otherwise there."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(1)
+
+    def program():
+        if is_odd():
+            layers.Dense(1)
+        with parity.model_parallel(
+            (1, 2), {".*dense_1/kernel": (None, "model")}
+        ).scope():
+            model = keras.Sequential([keras.Input((5,)), layers.Dense(3)])
+            model.compile("sgd", "mse")
+            model.fit(*arrays(), verbose=0)
+
+    for outcome in everyone.outcomes(program):
+        assert "All processes must build the same model" in outcome
+        assert "dense/kernel (5, 3) float32 laid out as (" in outcome
+
+
+def test_models_that_are_made_in_another_order():
+    """Their gradients would be added up across."""
+    keras.utils.clear_session(free_memory=False)
+
+    def program():
+        with keras.distribution.DataParallel().scope():
+            models = []
+            for _ in range(2):
+                keras.utils.set_random_seed(1)
+                models.append(
+                    keras.Sequential([keras.Input((5,)), layers.Dense(3)])
+                )
+            model = models[here(0, 1)]
+            model.compile("sgd", "mse")
+            model.fit(*arrays(), verbose=0)
+
+    for outcome in everyone.outcomes(program):
+        assert "All processes must build the same model" in outcome
+        assert "trainable variable 0 of those ever made against" in outcome
+        assert "trainable variable 2 of" in outcome
+
+
 def test_nan_is_the_same_everywhere(distribution):
     x, y = arrays()
     x[3] = np.nan

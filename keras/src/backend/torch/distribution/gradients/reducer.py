@@ -106,8 +106,8 @@ class Reducer:
         if isinstance(parameter, DTensor):
             local = sharded.local_of(parameter)
         self._likes.append((_like(local.shape, local.dtype), local.device))
-        described = f"{name} {tuple(local.shape)} {local.dtype}"
-        self._marks.append(1 + zlib.crc32(described.encode()) % 255)
+        self._marks.append(0)
+        self.call(number, name)
         reference = weakref.ref(parameter)
         # Autograd calls the hooks. Compiled train steps would try to compile
         # them too, piece by piece: they do nothing that a compiler could make
@@ -121,6 +121,12 @@ class Reducer:
             untraced(lambda parameter: self._after(number, parameter))
         )
         return number
+
+    def call(self, number, name):
+        """Gives a parameter the name that it has on all processes."""
+        like, _ = self._likes[number]
+        described = f"{name} {tuple(like.shape)} {like.dtype}"
+        self._marks[number] = 1 + zlib.crc32(described.encode()) % 255
 
     @contextlib.contextmanager
     def accumulating(self, owed, defers):

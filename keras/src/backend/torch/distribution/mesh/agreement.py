@@ -329,7 +329,7 @@ def facts_of_batch(data, rows=SAMPLED_ROWS):
     return facts
 
 
-def facts_of_weights(variables):
+def facts_of_weights(variables, names):
     """Facts of weights: a few entries of each that every process stores whole,
     and of what a program last wrote into the others.
 
@@ -337,22 +337,28 @@ def facts_of_weights(variables):
 
     Args:
         variables: list of variables.
+        names: `configuration.Names` of their model.
     """
     facts, by_kind = {}, {}
-    for v in variables:
+    for number, v in enumerate(variables):
         value = v._value
+        name = f"weights, {names.of(v.path)}"
+        if name in facts:
+            name = f"{name}, variable {number}"
         if isinstance(value, DTensor):
-            facts[f"weights, {v.path}"] = v.written
+            facts[name] = v.written
         elif value.numel():
             flat = value.detach().reshape(-1)
             taken = flat[:: max(1, len(flat) // SAMPLED_ENTRIES)]
             kind = (value.dtype, value.device)
-            by_kind.setdefault(kind, []).append((v.path, taken))
+            # Its place among the facts is this one, on all processes.
+            facts[name] = None
+            by_kind.setdefault(kind, []).append((name, taken))
     for group in by_kind.values():
         host = _to_numpy(torch.cat([taken for _, taken in group]))
         stops = np.cumsum([len(taken) for _, taken in group])
-        for (path, _), part in zip(group, np.split(host, stops[:-1])):
-            facts[f"weights, {path}"] = part
+        for (name, _), part in zip(group, np.split(host, stops[:-1])):
+            facts[name] = part
     return facts
 
 

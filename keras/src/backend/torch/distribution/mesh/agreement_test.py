@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from keras.src import backend
+from keras.src import models
 from keras.src.backend.torch.distribution.mesh import agreement
+from keras.src.backend.torch.distribution.mesh import configuration
 
 WORLD = 3
 SAME = {"batch, x": np.arange(3.0), "learning rate": 0.1, "argument": None}
@@ -145,7 +147,8 @@ def test_weights():
         ),
         backend.Variable(np.ones((0, 2)), name="none", dtype="float32"),
     ]
-    facts = agreement.facts_of_weights(variables)
+    names = configuration.Names(models.Sequential())
+    facts = agreement.facts_of_weights(variables, names)
     assert {name: fact.tolist() for name, fact in facts.items()} == {
         "weights, a": list(range(0, 40, 2)),
         "weights, b": [1, 1],

@@ -1,6 +1,7 @@
 """What a model was configured with, as facts that processes compare."""
 
 import base64
+import collections
 import marshal
 import numbers
 import re
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from keras.src.backend.torch.distribution.mesh import agreement
+from keras.src.utils import naming
 
 # Arguments of `fit` and its like that may differ, or are compared elsewhere.
 FREE = {"x", "y", "sample_weight", "validation_data", "callbacks", "verbose"}
@@ -17,8 +19,46 @@ FREE = {"x", "y", "sample_weight", "validation_data", "callbacks", "verbose"}
 # A longer text is no name, but something written down: not bit by bit the same.
 LONGEST = 400
 
+# What Keras names the generators of seeds.
+SEEDS = "seed_generator"
+
 # Of a layer's configuration: other layers, which are compared by themselves.
 NESTED = {"layer", "cell"}
+
+
+class Names:
+    """Names of a model's layers and variables, as processes can compare them.
+
+    Keras numbers what a program gives no name in the order in which it is made:
+    where one process has made another model before, a `dense` is a `dense_4`.
+    Here such names are numbered anew, by the order in the model.
+
+    Args:
+        model: a built `keras.Model`.
+    """
+
+    def __init__(self, model):
+        self._new = {}
+        counts = collections.Counter()
+        for layer in model._flatten_layers():
+            kind = naming.to_snake_case(type(layer).__name__)
+            if layer.name not in self._new and _is_numbered(layer.name, kind):
+                number = counts[kind]
+                counts[kind] += 1
+                self._new[layer.name] = f"{kind}_{number}" if number else kind
+
+    def of(self, path):
+        """A path, or a name, with names that all processes have."""
+        return "/".join(map(self._of_part, path.split("/")))
+
+    def _of_part(self, name):
+        if _is_numbered(name, SEEDS):
+            return SEEDS
+        return self._new.get(name, name)
+
+
+def _is_numbered(name, kind):
+    return re.fullmatch(rf"{re.escape(kind)}(_\d+)?", name) is not None
 
 
 def facts_of_model(model):
@@ -28,10 +68,13 @@ def facts_of_model(model):
         model: a built `keras.Model`.
     """
     facts = {"number of variables": len(model.weights)}
+    names = Names(model)
     for layer in model._flatten_layers():
-        name = f"layer {layer.path or layer.name}"
+        name = f"layer {names.of(layer.path or layer.name)}"
         facts[name] = type(layer).__name__
         for key, value in _config_of_layer(layer).items():
+            if key == "name":
+                value = names.of(value)
             if key not in NESTED:
                 facts[f"{name}, {key}"] = plain(value)
     facts.update(_facts_of_compile(model))
@@ -44,9 +87,18 @@ def _facts_of_compile(model):
     # As it is now: a learning rate may have been set since.
     optimizer = getattr(model, "optimizer", None)
     facts["compile, optimizer"] = plain(optimizer)
-    for key, value in _config_of(optimizer).items():
+    said = _unnumbered(type(optimizer).__name__, _config_of(optimizer))
+    for key, value in said.items():
         facts[f"compile, optimizer, {key}"] = plain(value)
     return facts
+
+
+def _unnumbered(kind, config):
+    """A configuration without the name that Keras has numbered."""
+    name = config.get("name")
+    if isinstance(name, str) and _is_numbered(name, naming.to_snake_case(kind)):
+        config = {key: x for key, x in config.items() if key != "name"}
+    return config
 
 
 def facts_of_arguments(name, arguments):
@@ -117,6 +169,9 @@ def plain(value, depth=6):
         # what it writes.
         return _text_of(marshal.loads(base64.b64decode(written)))
     if isinstance(value, dict):
+        kind, config = value.get("class_name"), value.get("config")
+        if isinstance(kind, str) and isinstance(config, dict):
+            value = {**value, "config": _unnumbered(kind, config)}
         items = sorted(value.items(), key=lambda item: str(item[0]))
         return {str(key): plain(each, depth - 1) for key, each in items}
     if isinstance(value, (list, tuple)):

@@ -30,7 +30,11 @@ def check_once(model, context):
         return
     variables = model.trainable_variables + model.non_trainable_variables
     check_made_under(variables, context)
-    check_equal(variables, _buffers_of(model))
+    names = configuration.Names(model)
+    check_equal(variables, _buffers_of(model), names)
+    for v in variables:
+        if v._gradient_number is not None:
+            v._context.reducer.call(v._gradient_number, names.of(v.path))
     check_same_program(model)
     warn = getattr(context.distribution, "warn_of_unmatched_keys", None)
     if warn is not None and process_group.is_first():
@@ -69,7 +73,8 @@ def facts_of_training(model, all_of_them):
     if all_of_them:
         facts.update(
             agreement.facts_of_weights(
-                model.trainable_variables + model.non_trainable_variables
+                model.trainable_variables + model.non_trainable_variables,
+                configuration.Names(model),
             )
         )
     return facts
@@ -104,21 +109,37 @@ def _buffers_of(model):
     }
 
 
-def check_equal(variables, buffers=None):
-    """Compares names, shapes and values of variables over processes.
+def check_equal(variables, buffers, names):
+    """Compares names, shapes, layouts and values of variables over processes.
 
     Collective: every process calls it.
 
     Args:
         variables: list of variables.
         buffers: dict from names to tensors.
+        names: `configuration.Names` of the model.
     """
     mine = [
-        (v.path, tuple(v.shape), v.dtype, _checksum_of(v)) for v in variables
+        (
+            names.of(v.path),
+            tuple(v.shape),
+            v.dtype,
+            _checksum_of(v),
+            _layout_of(v),
+            v._gradient_number,
+        )
+        for v in variables
     ]
     mine += [
-        (name, tuple(x.shape), str(x.dtype), checksum(sharded.whole(x)))
-        for name, x in (buffers or {}).items()
+        (
+            names.of(name),
+            tuple(x.shape),
+            str(x.dtype),
+            checksum(sharded.whole(x)),
+            "",
+            None,
+        )
+        for name, x in buffers.items()
     ]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -142,10 +163,21 @@ def check_equal(variables, buffers=None):
         )
 
 
-def _said(name, shape, dtype, value):
-    if isinstance(value, str):
-        return f"{name} {shape} {dtype} drawn by {value}"
-    return f"{name} {shape} {dtype} with sum {value}"
+def _said(name, shape, dtype, value, layout, number):
+    by = "drawn by" if isinstance(value, str) else "with sum"
+    said = f"{name} {shape} {dtype}{layout} {by} {value}"
+    if number is None:
+        return said
+    return f"{said}, trainable variable {number} of those ever made"
+
+
+def _layout_of(variable):
+    """How it is laid out, in words. Where Keras has numbered its layer
+    otherwise, a key of the layout map may match on some processes alone."""
+    value = variable._value
+    if not isinstance(value, DTensor):
+        return ""
+    return f" laid out as {tuple(value.placements)}"
 
 
 def _checksum_of(variable):

@@ -10,6 +10,7 @@ from keras.src import backend
 from keras.src import initializers
 from keras.src import layers
 from keras.src import models
+from keras.src.backend.torch.distribution.mesh import configuration
 from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.training import checks
 from keras.src.distribution.distribution_lib import DataParallel
@@ -84,12 +85,17 @@ def variables():
     ]
 
 
+def check_equal(variables, buffers=None):
+    names = configuration.Names(models.Sequential())
+    checks.check_equal(variables, buffers or {}, names)
+
+
 def test_equal_variables(fake_world, monkeypatch):
     fake_world(WORLD)
     with_process_1(monkeypatch, lambda mine: mine)
-    checks.check_equal(variables())
+    check_equal(variables())
     # None and no number are what they are everywhere.
-    checks.check_equal([backend.Variable(np.array([np.nan]), name="nan")])
+    check_equal([backend.Variable(np.array([np.nan]), name="nan")])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,7 @@ def test_equal_variables(fake_world, monkeypatch):
             r"bias \(2,\) float32 with sum 0.0 against beta",
         ),
         (
-            lambda mine: [(*mine[0][:3], 5.0), mine[1]],
+            lambda mine: [(*mine[0][:3], 5.0, *mine[0][4:]), mine[1]],
             "kernel .* with sum 4.0 against kernel .* with sum 5.0",
         ),
     ],
@@ -112,7 +118,7 @@ def test_different_variables(fake_world, monkeypatch, change, what):
     with pytest.raises(
         ValueError, match=f"0 differs from process 1: {what}.*set_random_seed"
     ):
-        checks.check_equal(variables())
+        check_equal(variables())
 
 
 def test_what_was_drawn_as_shards(fake_world, monkeypatch):
@@ -129,22 +135,28 @@ def test_what_was_drawn_as_shards(fake_world, monkeypatch):
         with_process_1(
             monkeypatch,
             lambda mine: [
-                (*mine[0][:3], mine[0][3].replace("seed 3", "seed 4")),
+                (
+                    *mine[0][:3],
+                    mine[0][3].replace("seed 3", "seed 4"),
+                    *mine[0][4:],
+                ),
                 mine[1],
             ],
         )
         with pytest.raises(
             ValueError, match="RandomNormal.* of seed 3 against .*seed 4"
         ):
-            checks.check_equal(layer.variables)
+            check_equal(layer.variables)
 
 
 def test_different_buffers(fake_world, monkeypatch):
     fake_world(WORLD)
     buffers = {"norm/mean": torch.tensor([1.0, 2.0])}
-    with_process_1(monkeypatch, lambda mine: [*mine[:2], (*mine[2][:3], 4.0)])
+    with_process_1(
+        monkeypatch, lambda mine: [*mine[:2], (*mine[2][:3], 4.0, *mine[2][4:])]
+    )
     with pytest.raises(ValueError, match="norm/mean .* 3.0 against .* 4.0"):
-        checks.check_equal(variables(), buffers)
+        check_equal(variables(), buffers)
 
 
 def test_checks_a_model_once_for_a_distribution(fake_world, monkeypatch):
@@ -153,7 +165,7 @@ def test_checks_a_model_once_for_a_distribution(fake_world, monkeypatch):
     monkeypatch.setattr(
         checks,
         "check_equal",
-        lambda variables, buffers: checked.append(len(variables)),
+        lambda variables, *others: checked.append(len(variables)),
     )
     with data_parallel().scope():
         model = make_model()
