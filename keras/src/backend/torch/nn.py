@@ -16,6 +16,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
 )
 from keras.src.backend.torch.distribution.global_rows.carrier import is_rows
 from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import attention
 from keras.src.backend.torch.distribution.ops import convolution
@@ -246,13 +247,26 @@ def _size(x, axes):
 
 
 def sparse_categorical_crossentropy(target, output, from_logits=False, axis=-1):
-    """As Keras's; logits whose classes are sharded are not gathered.
+    """As Keras's; logits whose classes are sharded are not gathered, and those
+    whose classes come last are not copied.
 
     Collective along the model axes if `output` is a DTensor.
     """
     if not isinstance(output, DTensor):
         if is_rows(output) and isinstance(output.local, DTensor):
             output = activations.whole(output)
+        if from_logits and _has_classes_last(target, output, axis):
+            # Released Keras moves them to the second dim, where torch's
+            # softmax takes copies of the logits, forward and backward.
+            target = upstream.convert_to_tensor(target, torch.long)
+            if modes.runs_backward_once and output.dtype == torch.float32:
+                return cross_entropy.sparse_cross_entropy(
+                    target.reshape(output.shape[:-1]), output
+                )
+            losses = torch.nn.functional.cross_entropy(
+                output.flatten(0, -2), target.flatten(), reduction="none"
+            )
+            return losses.reshape(output.shape[:-1])
         return released_sparse_categorical_crossentropy(
             target, output, from_logits, axis
         )
@@ -269,4 +283,14 @@ def sparse_categorical_crossentropy(target, output, from_logits=False, axis=-1):
         return cross_entropy.sparse_cross_entropy(target, output)
     return released_sparse_categorical_crossentropy(
         target, sharded.whole(output), from_logits, axis
+    )
+
+
+def _has_classes_last(target, output, axis):
+    """Whether targets are one for each of several rows of rows of logits."""
+    return (
+        type(output) is torch.Tensor
+        and output.ndim > 1
+        and axis in (-1, output.ndim - 1)
+        and tuple(target.shape) in (output.shape[:-1], (*output.shape[:-1], 1))
     )

@@ -132,14 +132,26 @@ class TorchTrainer(upstream.TorchTrainer):
         return (
             isinstance(loss, losses.SparseCategoricalCrossentropy)
             and loss._fn_kwargs.get("from_logits", False)
-            and all(
-                getattr(type(self), name) is getattr(TorchTrainer, name)
-                for name in (
-                    "train_step",
-                    "test_step",
-                    "compute_loss",
-                    "compute_metrics",
-                )
+            and self._steps_as_keras()
+        )
+
+    def _runs_backward_once(self):
+        """Whether nobody else can reach the graph of the loss."""
+        loss = getattr(self._compile_loss, "_user_loss", None)
+        return (
+            type(loss) is losses.SparseCategoricalCrossentropy
+            and self._steps_as_keras()
+            and not self.jit_compile
+        )
+
+    def _steps_as_keras(self):
+        return all(
+            getattr(type(self), name) is getattr(TorchTrainer, name)
+            for name in (
+                "train_step",
+                "test_step",
+                "compute_loss",
+                "compute_metrics",
             )
         )
 
@@ -354,7 +366,10 @@ class TrainStep(Step):
             # Keras's step does it too, after the forward pass, beside whose
             # gathered weights the last gradients would lie.
             self.model.zero_grad()
-        with accumulation.accumulating(self.model.optimizer, current()):
+        once = contextlib.nullcontext()
+        if self.model._runs_backward_once():
+            once = modes.running_backward_once()
+        with once, accumulation.accumulating(self.model.optimizer, current()):
             return super().run(data)
 
 

@@ -20,6 +20,7 @@ PREEMPTION = "_keras_preemption"  # whether its `fit` was asked to end
 
 STYLE = "_parallel_style"  # the style that a user has put on it
 STYLE_DECISION = "_keras_style_decision"  # how it runs, in which `Context`
+PLAN = "_keras_plan"  # how it projects: its last `projection.Plan`
 CONTRACTIONS = "_keras_contractions"  # dict: ndim of inputs -> `Contraction`
 READS_DECISION = "_keras_reads_decision"  # whether it owns what is unsharded
 READS = "_keras_reads"  # what its calls have unsharded: `resharding.Reads`

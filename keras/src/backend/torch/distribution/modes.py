@@ -43,6 +43,7 @@ class _Modes(threading.local):
     shared = None  # list of what the layers inside one share, while it runs
     updates = False  # an optimizer's: what weights meet is equal everywhere
     sharded_outputs = False  # what leaves the outermost layer may be sharded
+    runs_backward_once = False  # a step of Keras's own code alone runs
     drawing = False  # drawing initial values, equal on all processes
     part = None  # the `drawing.Part` that is to be drawn of one
 
@@ -161,6 +162,11 @@ def stored_values():
 def direct():
     """Within it, torch functions do with DTensors what torch has for them."""
     return _set(direct=True)
+
+
+def running_backward_once():
+    """Within it, no graph is gone through twice, or differentiated."""
+    return _set(runs_backward_once=True)
 
 
 def drawing_initial_values():

@@ -45,6 +45,9 @@ outside_of_transforms = _named(
 # documentation names, `torch._C.DisableTorchFunction`, turns off modes as well.
 as_torch_has_it = _named("torch._C", "DisableTorchFunctionSubclass")
 
+# Within it neither classes of tensors nor modes have one.
+without_torch_functions = _named("torch._C", "DisableTorchFunction")
+
 _resolve_process_group = _named(
     "torch.distributed.distributed_c10d", "_resolve_process_group"
 )

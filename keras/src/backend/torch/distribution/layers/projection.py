@@ -4,15 +4,19 @@ import functools
 import string
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from keras.src import activations as functions
 from keras.src.backend.torch.distribution import marks
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import contraction
+from keras.src.backend.torch.distribution.ops import linear
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.variables import reading
+from keras.src.backend.torch.distribution.variables import unshard
 
 # Activations of single numbers: they may be computed on any shard.
 ELEMENTWISE = {
@@ -26,6 +30,14 @@ ELEMENTWISE = {
     if hasattr(functions, name)
 }
 
+# The same in torch, without what Keras's take to come there.
+IN_TORCH = {
+    functions.relu: torch.relu,
+    functions.gelu: torch.nn.functional.gelu,
+    functions.silu: torch.nn.functional.silu,
+    functions.tanh: torch.tanh,
+}
+
 
 class ProjectionStyle(styles.ShardedStyle):
     """Runs Dense and EinsumDense on local shards where it can."""
@@ -33,30 +45,125 @@ class ProjectionStyle(styles.ShardedStyle):
     def call(self, layer, context, args, kwargs):
         if not self.applies(layer, args):
             return super().call(layer, context, args, kwargs)
-        return project(layer, args[0], context)
+        kernel = reading.read_stored(layer._kernel)
+        bias = None if layer.bias is None else reading.read_stored(layer.bias)
+        plan = _plan_of(layer, args[0], kernel, bias, context)
+        if plan.is_general:
+            return super().call(layer, context, args, kwargs)
+        if plan.product is None or not linear.may_run(args[0]):
+            return project(layer, args[0], context)
+        return _project_at_once(layer, args[0], kernel, bias, plan)
 
     def applies(self, layer, args):
         # LoRA and quantisation read the kernel in their own ways.
         return (
             len(args) == 1
             and isinstance(args[0], torch.Tensor)
-            and args[0].is_floating_point()
+            and args[0].dtype.is_floating_point
             and layer.quantization_mode is None
             and not layer.lora_enabled
             and not layer._remat_mode
-            and not cuts.has_several_on_a_dim(
-                getattr(layer._kernel._value, "placements", ())
-            )
-            and not cuts.has_several_on_a_dim(
-                getattr(args[0], "placements", ())
-            )
-            and not (
-                layer.bias is not None
-                and cuts.has_several_on_a_dim(
-                    getattr(layer.bias._value, "placements", ())
-                )
-            )
         )
+
+
+class Plan:
+    """How a layer computes with an input of a kind; kept on the layer.
+
+    Args:
+        layer: a built Dense or EinsumDense.
+        inputs: tensor, whole (plain) or sharded (a DTensor of the model mesh).
+        kernel, bias: what is stored of them, perhaps cast. The bias may be
+            None.
+        context: the `Context`.
+
+    Attributes:
+        is_general: whether the layer's own code is to run on DTensors.
+        product: the `linear.Product`, None if it is not that simple.
+        letters: the `Contraction`.
+    """
+
+    def __init__(self, layer, inputs, kernel, bias, context):
+        self._made_of = kernel, bias, context
+        self._kind = _kind_of(inputs)
+        mesh = context.model_mesh
+        placements = activations.placements(inputs, mesh)
+        self.context = context
+        self.product = None
+        self.letters = letters_of(layer, inputs.ndim)
+        self.is_general = any(
+            cuts.has_several_on_a_dim(getattr(x, "placements", ()))
+            for x in (inputs, kernel, bias)
+        )
+        if self.is_general or not linear.fits(
+            inputs, kernel, bias, self.letters
+        ):
+            return
+        product = linear.product(
+            self.letters,
+            unshard.placements_of_operand(kernel, context),
+            placements,
+            tuple(mesh.shape),
+        )
+        ndim = len(self.letters.output)
+        if product is None or (
+            product.sums and activations.requested(context, ndim)
+        ):
+            return
+        if bias is None or not _bias_steps(
+            product.placements,
+            unshard.placements_of_operand(bias, context),
+            ndim,
+            tuple(bias.shape),
+        ):
+            self.product = product
+
+    def is_of(self, inputs, kernel, bias, context):
+        """Whether it was made for these, or for others like them."""
+        made_of = self._made_of
+        return (
+            made_of[0] is kernel
+            and made_of[1] is bias
+            and made_of[2] is context
+            and self._kind == _kind_of(inputs)
+        )
+
+
+def _kind_of(x):
+    placements = x._spec.placements if isinstance(x, DTensor) else None
+    return x.ndim, x.dtype, x.device, placements
+
+
+def _plan_of(layer, inputs, kernel, bias, context):
+    plan = layer.__dict__.get(marks.PLAN)
+    with private.without_torch_functions():
+        if plan is not None and plan.is_of(inputs, kernel, bias, context):
+            return plan
+    plan = layer.__dict__[marks.PLAN] = Plan(
+        layer, inputs, kernel, bias, context
+    )
+    return plan
+
+
+def _project_at_once(layer, inputs, kernel, bias, plan):
+    """As `project`, in one function of autograd's."""
+    context, product = plan.context, plan.product
+    mesh = context.model_mesh
+    kernel = unshard.stored_or_operand(kernel, context, layer._kernel)
+    if bias is not None:
+        bias = unshard.stored_or_operand(bias, context, layer.bias)
+    with private.without_torch_functions():
+        x, _ = activations.local(inputs, mesh)
+        x = contraction.column_input(x, inputs, product.columns, mesh)
+        groups = [mesh.get_group(axis) for axis in product.sums]
+        y = linear.linear(x, kernel, bias, product.contracted, groups)
+        shape = plan.letters.output_shape(
+            inputs.shape, layer._kernel._shape, y.shape
+        )
+        if layer.activation in ELEMENTWISE or layer.activation is None:
+            return _activated(
+                layer.activation, y, mesh, product.placements, shape
+            )
+    return _activated(layer.activation, y, mesh, product.placements, shape)
 
 
 def project(layer, inputs, context):
@@ -73,8 +180,8 @@ def project(layer, inputs, context):
     Returns:
         The layer's output, as `activations.carry` gives it.
     """
-    kernel, kernel_placements = reading.operand_of(layer._kernel, context)
     letters = letters_of(layer, inputs.ndim)
+    kernel, kernel_placements = reading.operand_of(layer._kernel, context)
     cut = contraction.operands(
         inputs,
         kernel,
@@ -102,6 +209,7 @@ def _activated(activation, y, mesh, placements, shape):
     if activation is None:
         return activations.carry(y, mesh, placements, shape)
     if activation in ELEMENTWISE or all(p.is_replicate() for p in placements):
+        activation = IN_TORCH.get(activation, activation)
         return activations.carry(activation(y), mesh, placements, shape)
     y = activations.carry(y, mesh, placements, shape)
     return activations.leave(activation(y))

@@ -78,6 +78,13 @@ def local(x, mesh):
     return sharded.Leave.apply(x), tuple(x.placements)
 
 
+def placements(x, mesh):
+    """The placements of what a layer is handed."""
+    if not isinstance(x, DTensor):
+        return sharded.replicate(mesh)
+    return x.placements
+
+
 def requested(context, ndim):
     """The placements that the layout map asks for, of what the layer under way
     returns; None if it asks for none.

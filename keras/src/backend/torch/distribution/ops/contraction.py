@@ -270,6 +270,23 @@ def _gather(x, dim, inputs, group):
     return collectives.AllGather.apply(x, dim, inputs.shape[dim], group)
 
 
+def column_input(x, inputs, axes, mesh):
+    """A whole input of which these axes compute parts of the outputs.
+
+    Collective along them in backward: the gradient is a sum.
+
+    Args:
+        x: plain tensor, our shard.
+        inputs: what it is the shard of, which other layers may share.
+        axes: axes of `mesh`.
+    """
+    steps = ()
+    for axis in axes:
+        steps += (("column", axis),)
+        x = _column_input(x, None, inputs, steps, mesh.get_group(axis))
+    return x
+
+
 def _column_input(x, x_dim, inputs, steps, group):
     """The whole input, whose gradient is a sum over processes.
 

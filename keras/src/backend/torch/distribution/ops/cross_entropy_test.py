@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -6,6 +8,7 @@ from torch.distributed.tensor import Partial
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
+from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution.ops import cross_entropy
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
@@ -14,8 +17,9 @@ WORLD = 3
 
 
 # Even shards, uneven ones, and a shard without classes.
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("classes", [6, 7, 2])
-def test_is_that_of_one_device(on_threads, classes):
+def test_is_that_of_one_device(on_threads, classes, once):
     torch.manual_seed(0)
     # Far apart: exponentials overflow where the maximum is a local one.
     logits = torch.randn(5, classes) * 100.0
@@ -31,7 +35,7 @@ def test_is_that_of_one_device(on_threads, classes):
         start, stop = collectives.shard_range(classes, WORLD, rank)
         ours = logits.detach()[:, start:stop].clone().requires_grad_()
         losses = cross_entropy._CrossEntropy.apply(
-            ours, target, start, dist.group.WORLD
+            ours, target, start, dist.group.WORLD, once
         )
         losses.backward(upstream_grad)
         return losses.detach(), ours.grad
@@ -40,6 +44,36 @@ def test_is_that_of_one_device(on_threads, classes):
     for loss in losses:
         torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(torch.cat(grads, 1), logits.grad)
+
+
+def test_of_whole_classes():
+    torch.manual_seed(0)
+    logits = (torch.randn(5, 3, 4) * 100.0).requires_grad_()
+    target = torch.randint(4, (5, 3))
+    target[1, 2] = cross_entropy.IGNORED
+    grad = torch.randn(5, 3)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), reduction="none"
+    ).view(5, 3)
+    expected.backward(grad)
+    expected_grad, logits.grad = logits.grad, None
+    for scope in (contextlib.nullcontext(), modes.running_backward_once()):
+        with scope:
+            losses = cross_entropy.sparse_cross_entropy(target, logits)
+        losses.backward(grad)
+        torch.testing.assert_close(losses, expected)
+        torch.testing.assert_close(logits.grad, expected_grad)
+        logits.grad = None
+
+
+def test_backward_twice():
+    logits = torch.randn(5, 4, requires_grad=True)
+    losses = cross_entropy.sparse_cross_entropy(torch.arange(5) % 4, logits)
+    first, second = [
+        torch.autograd.grad(losses.sum(), logits, retain_graph=True)[0]
+        for _ in range(2)
+    ]
+    torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize(

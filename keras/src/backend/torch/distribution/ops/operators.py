@@ -34,6 +34,8 @@ from keras.src.backend.torch.distribution.tensors import trials
 
 logger = logging.getLogger("keras.distribution")
 
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
 # They ask what a tensor is, and touch no number.
 QUESTIONS = frozenset(
     """
@@ -130,7 +132,7 @@ class OnShards(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if modes.direct:
+        if modes.direct or _are_plain(types, args, kwargs):
             return func(*args, **kwargs)
         if GlobalTensor in types:
             # Its own table comes first: this one, for what lies in it.
@@ -170,6 +172,21 @@ class OnShards(TorchFunctionMode):
         else:
             why = "it has no rule"
         return on_whole_values(func, args, kwargs, why)
+
+
+def _are_plain(types, args, kwargs):
+    """Whether there is no shard among arguments. Most calls end here."""
+    if not PLAIN.issuperset(types):
+        return False
+    # A DTensor has no function of its own, and is not among the types.
+    for x in args:
+        if isinstance(x, (DTensor, list, tuple)):
+            return False
+    if kwargs:
+        for x in kwargs.values():
+            if isinstance(x, (DTensor, list, tuple)):
+                return False
+    return True
 
 
 def on_local_shard(func, x, *args, **kwargs):

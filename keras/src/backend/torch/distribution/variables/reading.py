@@ -3,6 +3,8 @@
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.modes import Shows
@@ -15,8 +17,11 @@ from keras.src.backend.torch.distribution.variables import unshard
 
 def read_stored(variable):
     """The stored value of a variable, cast if its layer is of mixed dtype."""
-    with stored_values():
-        return variable.value
+    value = variable._value
+    if value is None or get_autocast_scope() or in_stateless_scope():
+        with stored_values():
+            return variable.value
+    return value
 
 
 def operand_of(variable, context):

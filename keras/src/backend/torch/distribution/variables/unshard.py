@@ -63,6 +63,28 @@ def operand(value, context, variable=None):
     return _gathered(value, context), placements
 
 
+def stored_or_operand(value, context, variable):
+    """As `operand`, for a function that takes a weight as it is stored where
+    no data axis cuts it, and gives its gradient as such (`ops.linear`)."""
+    if (
+        sharded.is_weight(value)
+        and value.device_mesh == context.mesh
+        and not context.cuts_data(value.placements)
+    ):
+        return value
+    return operand(value, context, variable)[0]
+
+
+def placements_of_operand(value, context):
+    """The placements of `operand` on the model mesh, where no dim is cut twice.
+
+    Does not communicate.
+    """
+    if not isinstance(value, DTensor):
+        return context.model_placements_whole
+    return context.model_placements(value.placements)
+
+
 def _is_unsharded(value, context):
     """Whether a data axis cuts what is stored. (Where two do, of two dims, the
     weight is kept until backward.)"""
