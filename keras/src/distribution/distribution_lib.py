@@ -75,6 +75,11 @@ class LayoutMap(upstream.LayoutMap):
         super().__delitem__(key)
         self._keys.clear()
 
+    @property
+    def lays_out_outputs(self):
+        """Whether a key is of an output, that a program may be handed cut."""
+        return any(key.endswith("/output") for key in self)
+
     def key_of(self, path):
         """The key that a path matches, None if there is none.
 
@@ -259,6 +264,11 @@ class ModelParallel(Distribution, upstream.ModelParallel):
 
     def get_tensor_layout(self, path):
         return self._layout_map.use(path)
+
+    @property
+    def lays_out_outputs(self):
+        """Whether what a layer returns may reach the program cut."""
+        return self._layout_map.lays_out_outputs
 
     def warn_of_unmatched_keys(self, paths):
         """Says which keys of the layout map have matched no variable.

@@ -8,27 +8,42 @@ import torch.distributed as dist
 
 from keras.src.backend.torch.distribution.tensors import collectives
 
-BUCKET_BYTES = 25 * 2**20  # as torch's DDP
+LEAST, MOST = 2**20, 25 * 2**20  # bytes; torch's DDP has the same two
 
 
 def build(gradients):
     """Cuts gradients into buckets of one dtype and device each.
+
+    The first is small, so that it is on its way early, and the last ones are,
+    as backward does not hide them; between, each is about as large as all
+    before it, up to `MOST`.
 
     Args:
         gradients: iterable of triples in the order of the result: a number,
             a tensor like the gradient (of which memory is not needed), and
             the device.
     """
-    buckets = []
-    open_buckets = {}
+    gradients = list(gradients)
+    left = collections.Counter()
+    for _, like, device in gradients:
+        left[like.dtype, device] += _bytes(like)
+    done = collections.Counter()
+    buckets, open_buckets, limits = [], {}, {}
     for number, like, device in gradients:
         key = (like.dtype, device)
         bucket = open_buckets.get(key)
-        if bucket is None or bucket.bytes > BUCKET_BYTES:
+        if bucket is None or bucket.bytes >= limits[key]:
+            limits[key] = max(LEAST, min(done[key], left[key] // 2, MOST))
             bucket = open_buckets[key] = Bucket(*key)
             buckets.append(bucket)
         bucket.add(number, like)
+        done[key] += _bytes(like)
+        left[key] -= _bytes(like)
     return buckets
+
+
+def _bytes(x):
+    return x.numel() * x.element_size()
 
 
 class Bucket:
@@ -49,7 +64,7 @@ class Bucket:
         self.numbers.append(number)
         self.shapes.append(local.shape)
         self.sizes.append(local.numel())
-        self.bytes += local.numel() * local.element_size()
+        self.bytes += _bytes(local)
 
     def start(self, grads, weight, group, owed=None):
         """Starts to reduce.

@@ -12,6 +12,12 @@ from keras.src.backend.torch.distribution.mesh import rows
 A, B, C = (0, 1), (2,), (0, 2)
 
 
+def make_buckets_of(size, monkeypatch):
+    """Lets a bucket be full with so many bytes."""
+    monkeypatch.setattr(buckets, "LEAST", size)
+    monkeypatch.setattr(buckets, "MOST", size)
+
+
 def make_reducer(size=2):
     context = types.SimpleNamespace(data_size=size, data_group=dist.group.WORLD)
     return gradients.Reducer(context)
@@ -94,7 +100,7 @@ def test_buckets_have_one_dtype_and_begin_with_the_last_created():
 
 
 def test_buckets_are_of_limited_size(monkeypatch):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 10)
+    make_buckets_of(10, monkeypatch)
     reducer = make_reducer()
     owners = registered(reducer, *[(1, torch.float32)] * 7)
     cut = reducer.buckets(range(7))
@@ -237,7 +243,7 @@ def test_gradients_of_several_passes_add_up(on_threads):
 
 
 def test_several_buckets(on_threads, monkeypatch):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4)
+    make_buckets_of(4, monkeypatch)
 
     def run(rank):
         model = Model(*[3] * 6)
@@ -254,7 +260,7 @@ def test_several_buckets(on_threads, monkeypatch):
 
 def test_reduces_while_backward_runs(fake_world, monkeypatch):
     fake_world(2)
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4)
+    make_buckets_of(4, monkeypatch)
     model = Model(2, 2, 2)
     events = []
     all_reduce = dist.all_reduce
@@ -380,7 +386,7 @@ def test_grad_and_backward_take_turns(on_threads):
 
 
 def test_grad_of_the_mean_in_several_buckets(on_threads, monkeypatch):
-    monkeypatch.setattr(buckets, "BUCKET_BYTES", 4)
+    make_buckets_of(4, monkeypatch)
 
     def run(rank):
         model = Model(*[3] * 6)

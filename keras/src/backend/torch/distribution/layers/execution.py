@@ -16,6 +16,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import local_of
 from keras.src.backend.torch.distribution.global_rows.carrier import whole
 from keras.src.backend.torch.distribution.gradients import reducer
 from keras.src.backend.torch.distribution.layers import plan
+from keras.src.backend.torch.distribution.layers import projection
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import layer_call
@@ -63,10 +64,13 @@ def _call_outermost(context, function, args, kwargs):
 
 
 def _call(layer, context, args, kwargs):
+    caller = modes.layer
     with layer_call(layer), unshard.reading(layer, context):
         if modes.gathered is not None or (
             context.model_mesh is None and not plan.is_recurrent(layer)
         ):
+            if context.model_mesh is None and projection.is_plain(layer, args):
+                return projection.project_plain(layer, *args)
             return Operation.__call__(layer, *args, **kwargs)
         style = plan.style_of(layer, context)
         if style is None and not layer._layers and _handed_shards(args, kwargs):
@@ -83,11 +87,21 @@ def _call(layer, context, args, kwargs):
             if layer.activity_regularizer is not None:
                 # Keras's own code, and the user's, on what leaves the layer.
                 outputs = tree.map_structure(activations.whole, outputs)
-        if not layer._layers:
+        if not layer._layers and _may_meet_shards(caller, context):
             tree.map_structure(_keep_gradient_plain, outputs)
     if not modes.calls and not modes.sharded_outputs:
         outputs = tree.map_structure(activations.whole, outputs)
     return outputs
+
+
+def _may_meet_shards(caller, context):
+    """Whether code that is not Keras's may have an output meet a DTensor in a
+    way that `operators` does not see: a user's function of autograd's, or any
+    function outside of layers."""
+    return (
+        not type(caller).__module__.startswith("keras.src.")
+        or context.distribution.lays_out_outputs
+    )
 
 
 def _keep_gradient_plain(x):

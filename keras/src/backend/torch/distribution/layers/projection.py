@@ -7,6 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src import activations as functions
+from keras.src import layers
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.layers import styles
@@ -47,10 +48,17 @@ class ProjectionStyle(styles.ShardedStyle):
             return super().call(layer, context, args, kwargs)
         kernel = reading.read_stored(layer._kernel)
         bias = None if layer.bias is None else reading.read_stored(layer.bias)
-        plan = _plan_of(layer, args[0], kernel, bias, context)
-        if plan.is_general:
+        if torch.compiler.is_compiling():
+            is_general, product = (
+                _has_dim_cut_twice(args[0], kernel, bias),
+                None,
+            )
+        else:
+            plan = _plan_of(layer, args[0], kernel, bias, context)
+            is_general, product = plan.is_general, plan.product
+        if is_general:
             return super().call(layer, context, args, kwargs)
-        if plan.product is None or not linear.may_run(args[0]):
+        if product is None or not linear.may_run(args[0]):
             return project(layer, args[0], context)
         return _project_at_once(layer, args[0], kernel, bias, plan)
 
@@ -90,10 +98,7 @@ class Plan:
         self.context = context
         self.product = None
         self.letters = letters_of(layer, inputs.ndim)
-        self.is_general = any(
-            cuts.has_several_on_a_dim(getattr(x, "placements", ()))
-            for x in (inputs, kernel, bias)
-        )
+        self.is_general = _has_dim_cut_twice(inputs, kernel, bias)
         if self.is_general or not linear.fits(
             inputs, kernel, bias, self.letters
         ):
@@ -126,6 +131,12 @@ class Plan:
             and made_of[2] is context
             and self._kind == _kind_of(inputs)
         )
+
+
+def _has_dim_cut_twice(*tensors):
+    return any(
+        cuts.has_several_on_a_dim(getattr(x, "placements", ())) for x in tensors
+    )
 
 
 def _kind_of(x):
@@ -164,6 +175,39 @@ def _project_at_once(layer, inputs, kernel, bias, plan):
                 layer.activation, y, mesh, product.placements, shape
             )
     return _activated(layer.activation, y, mesh, product.placements, shape)
+
+
+def is_plain(layer, args):
+    """Whether a layer is Keras's `Dense`, and its code a product and a sum of
+    plain tensors: `project_plain` is the same in one function of torch's."""
+    if type(layer) is not layers.Dense or len(args) != 1:
+        return False
+    x, kernel, bias = args[0], layer._kernel._value, layer.bias
+    return (
+        type(x) is torch.Tensor
+        and layer.quantization_mode is None
+        and not layer.lora_enabled
+        and not layer._remat_mode
+        and kernel.dtype == x.dtype
+        and kernel.device == x.device
+        and x.dtype.is_floating_point
+        and (bias is None or bias._value.dtype == x.dtype)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def project_plain(layer, inputs):
+    """Activation(inputs . kernel + bias) of plain tensors.
+
+    Collective along the data axes that cut the kernel or the bias.
+    """
+    kernel = layer._kernel.value
+    bias = None if layer.bias is None else layer.bias.value
+    y = torch.nn.functional.linear(inputs, kernel.t(), bias)
+    activation = layer.activation
+    if activation is None:
+        return y
+    return IN_TORCH.get(activation, activation)(y)
 
 
 def project(layer, inputs, context):

@@ -124,7 +124,7 @@ class Order:
     def _make_room(self, size):
         """Finishes reductions that would take too much memory beside this."""
         size += sum(each.bytes for each in self._reductions)
-        while self._reductions and size > buckets.BUCKET_BYTES:
+        while self._reductions and size > buckets.MOST:
             reduction = self._reductions.popleft()
             size -= reduction.bytes
             reduction.finish()

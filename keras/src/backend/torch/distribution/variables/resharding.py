@@ -247,8 +247,7 @@ def _groups(reads):
             other, others_track = group[0][0]
             size = sum(p.bytes for (p, _), _ in group)
             if (other.kind, others_track) == (part.kind, tracks) and (
-                size + part.bytes <= buckets.BUCKET_BYTES
-                or part.bytes <= size * SMALL
+                size + part.bytes <= buckets.MOST or part.bytes <= size * SMALL
             ):
                 group.append((read, variable))
                 break
