@@ -18,15 +18,20 @@ pytestmark = [pytest.mark.world(2), pytest.mark.limit(300)]
 # runs as written, to find out what compiled code cannot.
 ROWS, BATCH = 15, 5
 LAYOUTS = {
-    "up/kernel": (None, "model"),
-    "up/bias": ("model",),
-    "down/kernel": ("model", None),
+    ".*up/kernel": (None, "model"),
+    ".*up/bias": ("model",),
+    ".*down/kernel": ("model", None),
 }
+FULLY_SHARDED = {".*kernel": ("batch", None)}
 # What is traced is the same for each compiler, and tracing is most of the time:
-# torch's default one, of C++, has its turn where weights are cut.
+# torch's default one, of C++, has one turn.
 DISTRIBUTIONS = {
     "data": ("aot_eager", lambda: keras.distribution.DataParallel()),
-    "model": ("inductor", lambda: parity.model_parallel((1, 2), LAYOUTS)),
+    "model": ("inductor", lambda: parity.model_parallel((1, 2), {})),
+}
+CUT = {
+    "model": lambda: parity.model_parallel((1, 2), LAYOUTS),
+    "data": lambda: parity.model_parallel((2, 1), FULLY_SHARDED),
 }
 
 
@@ -80,3 +85,19 @@ def test_training():
         assert pieces["graphs"], name
         assert 0 < pieces["breaks"] <= alone["breaks"], (name, pieces, alone)
         parity.assert_equal_on_all(name, actual, expected)
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_weights_that_are_cut(name, caplog):
+    """The compiler does not trace them: the step runs as written, and says
+    so."""
+    with compiler("eager"):
+        expected = parity.run(program, make_model)
+        with caplog.at_level("WARNING", "keras.distribution"):
+            actual = parity.run(program, make_model, CUT[name]())
+    actual["said"], pieces = actual["said"]
+    expected["said"], _ = expected["said"]
+    parity.assert_equal_on_all(name, actual, expected)
+    assert not pieces["graphs"]
+    is_first = torch.distributed.get_rank() == 0
+    assert caplog.text.count("`jit_compile=True` has no effect") == is_first

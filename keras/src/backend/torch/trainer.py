@@ -4,6 +4,7 @@ import contextlib
 import inspect
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from keras.src import losses
 from keras.src import tree
@@ -19,6 +20,7 @@ from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.mesh import together
 from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.mesh.context import logger
 from keras.src.backend.torch.distribution.mesh.context import own_distribution
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.training import accumulation
@@ -277,6 +279,9 @@ class Step:
         layers find their style there, which compiled code takes as known."""
         if not self.model.jit_compile:
             return contextlib.nullcontext()
+        if any(isinstance(v._value, DTensor) for v in self.model.variables):
+            self.say_not_compiled()
+            return self.uncompiled()
         kind = tuple(
             (tuple(x.shape[1:]), str(x.dtype))
             for x in tree.flatten(data[0])
@@ -286,6 +291,15 @@ class Step:
             return contextlib.nullcontext()
         self.kinds_of_batches.add(kind)
         return torch.compiler.set_stance("force_eager")
+
+    def say_not_compiled(self):
+        if current().says_first("not compiled") and process_group.is_first():
+            logger.warning(
+                "`jit_compile=True` has no effect on '%s': its layout cuts "
+                "weights, which torch's compiler does not trace. The step runs "
+                "as written.",
+                self.model.name,
+            )
 
     def uncompiled(self):
         # torch's compiler does not trace the table: it would break the graph

@@ -1,5 +1,7 @@
 """From a layout map to a parallel plan, and from a plan to running modules."""
 
+import functools
+
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import distribute_module
@@ -136,9 +138,14 @@ def style_of(layer, context):
 
 def is_recurrent(layer):
     """Whether a layer repeats a cell."""
+    return isinstance(layer, _recurrent())
+
+
+@functools.cache
+def _recurrent():
     from keras.src.layers import RNN
 
-    return isinstance(layer, RNN)
+    return RNN
 
 
 def named_keras_layers(module, prefix=""):

@@ -47,6 +47,7 @@ QUESTIONS = frozenset(
     data_ptr storage_offset untyped_storage dim_order requires_grad_
     retain_grad register_hook register_post_accumulate_grad_hook
     is_same_size result_type can_cast backward has_torch_function
+    _is_view _is_zerotensor is_distributed has_names
     """.split()
 )
 
