@@ -454,6 +454,33 @@ def test_collectives_of_a_step(world_size, large):
 
 
 @pytest.mark.world(2)
+def test_collectives_of_a_checkpointed_step(world_size, large):
+    """A layer that backward runs again gathers its weights as in forward: by
+    one collective, the next on its way."""
+    names = [f"dense{i}" for i in range(4)]
+    (distribution,) = distributions(2)
+    with parity.fresh(distribution, 1):
+        with keras.RematScope(mode="list_of_layers", layer_names=names):
+            model = deep(4)
+        events = watch_steps(model)
+    both = [f"dense{i}/kernel dense{i}/bias" for i in range(4)]
+    assert events[8:] == [
+        ("take", both[3]),
+        ("gather", both[3]),
+        ("gather", both[2]),
+        ("reduce", both[3]),
+        ("take", both[2]),
+        ("gather", both[1]),
+        ("reduce", both[2]),
+        ("take", both[1]),
+        ("reduce", both[1]),
+        ("take", both[0]),
+        ("gather", both[0]),
+        ("reduce", both[0]),
+    ]
+
+
+@pytest.mark.world(2)
 def test_small_layers_are_gathered_and_reduced_together(world_size):
     (distribution,) = distributions(2)
     with parity.fresh(distribution, 1):

@@ -273,7 +273,11 @@ def remat(f):
         def function(*args, **kwargs):
             if context is None:
                 return f(*args, **kwargs)
-            with operators.on_shards(context), rows.current_rows(local_rows):
+            with (
+                operators.on_shards(context),
+                rows.current_rows(local_rows),
+                unshard.reading_again(context),
+            ):
                 return f(*args, **kwargs)
 
         return released_remat(function)(*args, **kwargs)

@@ -259,6 +259,14 @@ def reading(layer, context):
     return resharding.reading(layer)
 
 
+def reading_again(context):
+    """Within it, backward runs the code of the innermost layer again: what
+    that unshards together it unshards together once more."""
+    if modes.layer is None or modes.reads is not None:
+        return NOTHING
+    return reading(modes.layer, context)
+
+
 def _reads(layer, context):
     """Whether a layer has unsharded weights, or has weights to unshard."""
     if marks.READS in layer.__dict__:
