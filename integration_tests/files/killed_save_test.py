@@ -1,5 +1,5 @@
-"""A process that is killed while all save leaves the file that was there, or
-one that cannot be read, and never a mix of two."""
+"""A process that is killed while all save leaves the file that was there, or of
+several files the whole set."""
 
 import subprocess
 import sys
@@ -95,10 +95,6 @@ def test_killed_in_a_save(name, moment, tmp_path):
     model = keras.Sequential(
         [keras.Input((100,)), *(keras.layers.Dense(100) for _ in range(3))]
     )
-    if moment == "move":
-        with pytest.raises(FileNotFoundError):
-            model.load_weights(path)
-        return
     if name.endswith(".keras"):
         model = keras.models.load_model(path)
     else:
@@ -106,4 +102,5 @@ def test_killed_in_a_save(name, moment, tmp_path):
     for weight in model.get_weights():
         np.testing.assert_array_equal(weight, np.ones_like(weight))
     # What was being written lies beside it.
-    assert len(list(path.parent.iterdir())) == 2
+    folders = [each for each in path.parent.iterdir() if each.is_dir()]
+    assert len(folders) == 1

@@ -10,6 +10,7 @@ from keras.src.api_export import keras_export
 from keras.src.callbacks import backup_and_restore as upstream
 from keras.src.distribution import files as file_utils
 from keras.src.distribution import processes
+from keras.src.distribution import replacing
 
 __all__ = ["BackupAndRestore", "file_utils"]
 
@@ -79,9 +80,13 @@ class BackupAndRestore(upstream.BackupAndRestore):
         self._replace(metadata, self._training_metadata_path)
 
     def _replace(self, source, destination):
+        def replace():
+            replacing.sync(source)
+            os.replace(source, destination)
+            replacing.sync_names(self.backup_dir)
+
         file_utils.on_all(
-            lambda: file_utils.is_other() or os.replace(source, destination),
-            destination,
+            lambda: file_utils.is_other() or replace(), destination
         )
 
     def _is_remote(self):

@@ -12,6 +12,7 @@ import tempfile
 
 from keras.src.distribution import files
 from keras.src.distribution import processes
+from keras.src.distribution import replacing
 from keras.src.utils import file_utils
 
 # The folders that this process writes in now.
@@ -61,7 +62,7 @@ def written_once(save, makes_folders=False):
             with _folder(parent) as folder:
                 save(model, folder / path.name, *args, **kwargs)
                 if parent:
-                    _move(folder, parent)
+                    replacing.move(folder, parent)
 
     return save_once
 
@@ -122,27 +123,3 @@ def _is_alive(pid):
         # Somebody else's process.
         return True
     return True
-
-
-def _move(source, destination):
-    """Moves what is in a folder into another, and replaces files there.
-
-    One file takes the place of another at once. Of several files, the one
-    that the others are read by goes first and comes last, so that what a
-    killed process leaves is never read as one model.
-    """
-    paths = sorted(source.iterdir(), key=_is_read_first)
-    for path in paths if len(paths) > 1 else []:
-        if _is_read_first(path):
-            (destination / path.name).unlink(missing_ok=True)
-    for path in paths:
-        target = destination / path.name
-        if path.is_dir() and target.is_dir():
-            _move(path, target)
-        else:
-            os.replace(path, target)
-
-
-def _is_read_first(path):
-    """Whether it is the file that says what the others are."""
-    return path.name == "config.json" or path.name.endswith(".weights.json")
