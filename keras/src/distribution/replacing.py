@@ -7,7 +7,6 @@ leaves whole files too.
 import contextlib
 import json
 import os
-import pathlib
 import re
 
 CONFIG, LIST, SHARD = "config.json", ".weights.json", ".weights.h5"
