@@ -20,6 +20,8 @@ class TorchTrainer(upstream.TorchTrainer):
     ...
 ```
 
+So is one module of KerasHub, which writes files beside a model's (`ELSEWHERE`).
+
 PyTorch calls `install` at the end of `import torch` (the entry point group
 `torch.backends`). Keras imports torch before it imports anything of its torch
 backend, but after `keras.src.backend.common`, which can not be amended.
@@ -36,6 +38,8 @@ from importlib.machinery import SourceFileLoader
 
 KERAS_VERSION = "3.15.1"
 ROOT = pathlib.Path(__file__).parent
+# By the module that they amend, files for another package than Keras.
+ELSEWHERE = {"keras_hub.src.utils.preset_utils": "hub_presets"}
 
 
 def install():
@@ -58,12 +62,14 @@ class OverlayFinder:
 
     @staticmethod
     def find_spec(fullname, path=None, target=None):
-        if not fullname.startswith("keras.") or fullname not in _files():
+        if not fullname.startswith("keras") or fullname not in _files():
             return None
         if not _applies():
             return None
         file = _files()[fullname]
         spec = PathFinder.find_spec(fullname, path)
+        if spec is None and fullname in ELSEWHERE:
+            return None
         if spec is None or spec.origin == file or fullname.endswith("_test"):
             return importlib.util.spec_from_file_location(fullname, file)
         spec.loader = AmendingLoader(fullname, spec.origin, file)
@@ -100,7 +106,7 @@ class AmendingLoader(SourceFileLoader):
     def _run_overlay(self, fullname):
         # Not `importlib.import_module`: that would run the `__init__.py` of
         # the overlay's parent packages before those of Keras have finished.
-        name = fullname.replace("keras", __package__, 1)
+        name = own_name(fullname)
         spec = importlib.util.spec_from_file_location(name, self.overlay_path)
         overlay = importlib.util.module_from_spec(spec)
         sys.modules[name] = overlay
@@ -112,10 +118,17 @@ class AmendingLoader(SourceFileLoader):
         return overlay
 
 
+def own_name(fullname):
+    """The name of the file of ours that amends a module."""
+    if fullname in ELSEWHERE:
+        return f"{__package__}.{ELSEWHERE[fullname]}"
+    return fullname.replace("keras", __package__, 1)
+
+
 @functools.cache
 def _files():
     """Returns this tree's files, as a dict from module name to path."""
-    files = {}
+    files = {n: str(ROOT / f"{file}.py") for n, file in ELSEWHERE.items()}
     for path in ROOT.glob("*/**/*.py"):
         module = path.relative_to(ROOT).with_suffix("")
         if module.name == "__init__":

@@ -1,4 +1,6 @@
+import ast
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -352,12 +354,51 @@ class TestTree:
     def test_file_takes_effect(self, name):
         # Fails for a file that amends what Keras imports before torch, or
         # that lies where no package of Keras is.
+        if name in overlay.ELSEWHERE:
+            pytest.importorskip(name, exc_type=ImportError)
         module = importlib.import_module(name)
         path = overlay._files()[name]
         if pathlib.Path(module.__file__) == pathlib.Path(path):
             return
-        ours = sys.modules.get(name.replace("keras", overlay.__package__, 1))
+        ours = sys.modules.get(overlay.own_name(name))
         assert ours is not None, f"{name} was imported before torch"
         assert ours.__file__ == path
         for attribute in ours.__all__:
             assert getattr(module, attribute) is getattr(ours, attribute)
+
+    def test_functions_take_what_keras_s_take(self):
+        """Whoever asks for a signature sees the released one."""
+        wrong, seen = {}, 0
+        for name, path in overlay._files().items():
+            if name in overlay.ELSEWHERE or name.endswith("_test"):
+                continue
+            module = importlib.import_module(name)
+            if module.__file__ == path:
+                continue
+            tree = ast.parse(pathlib.Path(module.__file__).read_text())
+            released = {
+                node.name: node.args
+                for node in tree.body
+                if isinstance(node, ast.FunctionDef)
+            }
+            for each in sys.modules[overlay.own_name(name)].__all__:
+                if each in released:
+                    expected = parameters(released[each])
+                    actual = inspect.signature(getattr(module, each))
+                    seen += 1
+                    if list(actual.parameters) != expected:
+                        wrong[f"{name}.{each}"] = str(actual)
+        assert seen > 20 and not wrong
+
+
+def parameters(arguments):
+    """The names of what a function takes, of `ast.arguments`."""
+    several = [arguments.vararg] if arguments.vararg else []
+    keywords = [arguments.kwarg] if arguments.kwarg else []
+    return [
+        each.arg
+        for each in (
+            *(*arguments.posonlyargs, *arguments.args),
+            *(*several, *arguments.kwonlyargs, *keywords),
+        )
+    ]

@@ -51,22 +51,29 @@ def tversky(y_true, y_pred, alpha=0.5, beta=0.5, axis=None):
 
 
 def circle(
-    y_true, y_pred, ref_labels=None, ref_embeddings=None, *args, **kwargs
+    y_true,
+    y_pred,
+    ref_labels=None,
+    ref_embeddings=None,
+    remove_diagonal=True,
+    gamma=80,
+    margin=0.4,
 ):
     """As Keras's; in a step, over the rows of all data shards.
 
     Collective in a step: every process of the data axis calls it.
     """
     y_pred = ops.convert_to_tensor(y_pred)
+    settings = remove_diagonal, gamma, margin
     if not _spans_rows(y_pred, None) or ref_embeddings is not None:
         return released_circle(
-            y_true, y_pred, ref_labels, ref_embeddings, *args, **kwargs
+            y_true, y_pred, ref_labels, ref_embeddings, *settings
         )
     y_true, y_pred = [
         processes.gather_rows(ops.convert_to_tensor(x))
         for x in (y_true, y_pred)
     ]
-    losses = released_circle(y_true, y_pred, None, None, *args, **kwargs)
+    losses = released_circle(y_true, y_pred, None, None, *settings)
     mask = backend.get_keras_mask(losses)
     losses = processes.own_rows(losses)
     backend.set_keras_mask(losses, processes.own_rows(mask))

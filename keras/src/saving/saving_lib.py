@@ -43,7 +43,16 @@ def is_memory_sufficient(model):
     return released_is_memory_sufficient(model)
 
 
-def _load_state(saveable, weights_store, *args, **kwargs):
+def _load_state(
+    saveable,
+    weights_store,
+    assets_store,
+    inner_path,
+    skip_mismatch=False,
+    visited_saveables=None,
+    failed_saveables=None,
+    error_msgs=None,
+):
     """As Keras's, which calls it for all that a model is made of.
 
     What Keras's own classes assign is read in parts; what may do something
@@ -52,7 +61,16 @@ def _load_state(saveable, weights_store, *args, **kwargs):
     if isinstance(weights_store, hdf5.InPieces):
         load = getattr(type(saveable), "load_own_variables", None)
         weights_store.gives_slices = hdf5.is_in_parts(load)
-    released_load_state(saveable, weights_store, *args, **kwargs)
+    released_load_state(
+        saveable,
+        weights_store,
+        assets_store,
+        inner_path,
+        skip_mismatch=skip_mismatch,
+        visited_saveables=visited_saveables,
+        failed_saveables=failed_saveables,
+        error_msgs=error_msgs,
+    )
 
 
 save_model = saving.written_once(upstream.save_model)

@@ -165,7 +165,15 @@ conv, conv_transpose, depthwise_conv = [
 
 
 def dot_product_attention(
-    query, key, value, bias=None, mask=None, *args, **kwargs
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    scale=None,
+    is_causal=False,
+    flash_attention=None,
+    attn_logits_soft_cap=None,
 ):
     """As Keras's; sharded heads (or rows) are computed where they are.
 
@@ -185,8 +193,7 @@ def dot_product_attention(
         (query, key, value),
         bias,
         mask,
-        args,
-        kwargs,
+        (scale, is_causal, flash_attention, attn_logits_soft_cap),
     )
 
 

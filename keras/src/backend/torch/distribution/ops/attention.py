@@ -12,7 +12,7 @@ from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 
 
-def attend(released, tensors, bias, mask, args, kwargs):
+def attend(released, tensors, bias, mask, settings):
     """Attention, with sharded heads (or rows) computed where they are.
 
     torch has no sharding rule for attention on CPU. Heads need nothing of each
@@ -27,18 +27,17 @@ def attend(released, tensors, bias, mask, args, kwargs):
             `(batch, length, heads, dim)`.
         bias, mask: tensors that broadcast to
             `(batch, heads, query length, key length)`, or None.
-        args, kwargs: what else `released` takes.
+        settings: tuple, what else `released` takes.
     """
     query, _, value = tensors
     if all(is_rows(x) and x.at == 0 for x in tensors):
-        return _attend_rows(released, tensors, bias, mask, args, kwargs)
+        return _attend_rows(released, tensors, bias, mask, settings)
     if not any(isinstance(x, DTensor) for x in tensors):
         return released(
             *tensors,
             sharded.whole(bias),
             sharded.whole(mask),
-            *args,
-            **kwargs,
+            *settings,
         )
     mesh = next(x.device_mesh for x in tensors if isinstance(x, DTensor))
     tensors = [_enter(x, mesh) for x in tensors]
@@ -61,14 +60,13 @@ def attend(released, tensors, bias, mask, args, kwargs):
         *local,
         _cut(bias, mesh, placements, query.shape),
         _cut(mask, mesh, placements, query.shape),
-        *args,
-        **kwargs,
+        *settings,
     )
     shape = (*query.shape[:3], value.shape[3])
     return sharded.Enter.apply(output, mesh, tuple(placements), shape)
 
 
-def _attend_rows(released, tensors, bias, mask, args, kwargs):
+def _attend_rows(released, tensors, bias, mask, settings):
     rows = tensors[0].rows
 
     def local_of(x):
@@ -77,7 +75,7 @@ def _attend_rows(released, tensors, bias, mask, args, kwargs):
         return whole_rows(x)
 
     def attend_local(query, key, value, bias, mask):
-        return attend(released, (query, key, value), bias, mask, args, kwargs)
+        return attend(released, (query, key, value), bias, mask, settings)
 
     return borders.on_rows_of(
         attend_local, *tensors, local_of(bias), local_of(mask), tensors=3

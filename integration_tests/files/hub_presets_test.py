@@ -1,0 +1,82 @@
+"""KerasHub's presets: process 0 writes them, each process reads its part."""
+
+import numpy as np
+import pytest
+
+import keras
+from integration_tests.harness import everyone
+from integration_tests.harness import parity
+
+pytestmark = pytest.mark.world(2)
+keras_hub = pytest.importorskip(
+    "keras_hub",
+    reason="keras_hub is not installed, see requirements-hub.txt",
+    exc_type=ImportError,
+)
+
+LAYOUTS = {
+    "fsdp": ((2, 1), {".*conv/kernel": (None, None, None, "batch")}),
+    "tensor": ((1, 2), {".*conv/kernel": (None, None, None, "model")}),
+    "data": ((2, 1), {}),
+}
+
+
+def make_task():
+    models, layers = keras_hub.models, keras_hub.layers
+    backbone = models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[3],
+        stackwise_num_filters=[64, 6],
+        stackwise_num_blocks=[1, 1],
+        stackwise_num_strides=[1, 2],
+        block_type="basic_block",
+        image_shape=(8, 8, 3),
+    )
+    return models.ResNetImageClassifier(
+        backbone,
+        num_classes=3,
+        preprocessor=models.ResNetImageClassifierPreprocessor(
+            layers.ResNetImageConverter(image_size=(8, 8))
+        ),
+    )
+
+
+@pytest.mark.parametrize("max_shard_size", [10, 2e-4])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_save_and_load(name, max_shard_size, rank, tmp_path):
+    x = np.linspace(-1, 1, 3 * 192).reshape(3, 8, 8, 3)
+    with parity.fresh(parity.model_parallel(*LAYOUTS[name]), 3):
+        task = make_task()
+        # Each has a folder in its mind, and one makes it.
+        task.save_to_preset(
+            str(tmp_path / f"rank{rank}"), max_shard_size=max_shard_size
+        )
+        assert [path.name for path in tmp_path.iterdir()] == ["rank0"]
+        files = {path.name for path in (tmp_path / "rank0").iterdir()}
+        assert {"config.json", "metadata.json", "task.json"} <= files
+        assert "preprocessor.json" in files and len(files) > 5
+        assert ("model.weights.json" in files) == (max_shard_size < 1)
+        loaded = keras_hub.models.ImageClassifier.from_preset(
+            str(tmp_path / "rank0")
+        )
+        for ours, theirs in zip(loaded.weights, task.weights):
+            np.testing.assert_array_equal(ours, theirs)
+            assert type(ours.value) is type(theirs.value)
+        expected = task.predict(x, verbose=0)
+        np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+    # One device reads it as well.
+    one = everyone.gather(
+        keras_hub.models.ImageClassifier.from_preset(
+            str(tmp_path / "rank0")
+        ).predict(x, verbose=0)
+    )
+    np.testing.assert_allclose(one[0], expected, atol=1e-5)
+
+
+def test_what_fails_on_one_fails_on_all(rank, tmp_path):
+    with parity.fresh(keras.distribution.DataParallel(), 3):
+        task = make_task()
+        (tmp_path / "file").write_text("")
+        path = tmp_path / ("other" if rank else "file") / "preset"
+        outcomes = everyone.outcomes(lambda: task.save_to_preset(str(path)))
+    assert outcomes[0] == outcomes[1] != "done"
