@@ -184,6 +184,101 @@ def test_epochs_and_the_best(rank, tmp_path):
         assert len(list((tmp_path / "best").glob("step*"))) == count
 
 
+class Counts(callbacks.Callback):
+    """One's own, which says what it counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.losses.append(logs["loss"])
+
+    def state_dict(self):
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state):
+        self.losses = state["losses"]
+
+
+class Ends(callbacks.Callback):
+    """Breaks off at the start of an epoch."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == self.epoch:
+            raise KeyError("interrupted")
+
+
+def fit_with_others(make_saver, *others):
+    """Returns what callbacks have counted, and the weights."""
+    model = make_model()
+    model.optimizer.learning_rate = 0.05
+    # All stand behind the one that saves what they count.
+    watching = [
+        *([make_saver()] if make_saver else []),
+        callbacks.EarlyStopping(patience=6, restore_best_weights=True),
+        callbacks.ReduceLROnPlateau(patience=1, cooldown=1, factor=0.8),
+        Counts(),
+        *others,
+    ]
+    model.fit(
+        *arrays(),
+        validation_data=[-a for a in arrays()],
+        batch_size=BATCH,
+        epochs=40,
+        verbose=0,
+        callbacks=watching,
+    )
+    early, reduce, counts = watching[-3 - len(others) :][:3]
+    said = {
+        "epochs": len(counts.losses),
+        "stopped": early.stopped_epoch,
+        "best": [early.best, early.best_epoch, early.wait],
+        "plateau": [reduce.best, reduce.wait, reduce.cooldown_counter],
+        "rate": float(model.optimizer.learning_rate),
+        "losses": counts.losses,
+    }
+    return said, model.get_weights()
+
+
+@pytest.mark.parametrize(
+    "kind, name", [("ShardedCheckpoint", "model"), ("BackupAndRestore", "data")]
+)
+def test_what_other_callbacks_count(kind, name, rank, tmp_path):
+    with parity.fresh(make_distribution(name), 5):
+        expected, weights = fit_with_others(None)
+    # It is stopped, after more than it waits, and the best is not the last.
+    assert 6 < expected["epochs"] < 40
+    assert expected["stopped"] == expected["epochs"] - 1
+    for stop in (2, expected["stopped"]):
+        folder = tmp_path / str(stop)
+
+        def saver():
+            return getattr(callbacks, kind)(str(folder))
+
+        with parity.fresh(make_distribution(name), 5):
+            with pytest.raises(KeyError):
+                fit_with_others(saver, Ends(stop))
+            everyone.gather(None)
+        with parity.fresh(make_distribution(name), 6):
+            said, actual = fit_with_others(saver)
+        # Sums of a metric are added up in another order.
+        parity.assert_same(said, expected, 1e-6)
+        for a, b in zip(actual, weights):
+            np.testing.assert_array_equal(a, b)
+    if kind == "ShardedCheckpoint":
+        # What was stopped stays so, with the best weights.
+        with parity.fresh(make_distribution(name), 6):
+            said, actual = fit_with_others(saver)
+        parity.assert_same(said, expected, 1e-6)
+        for a, b in zip(actual, weights):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_on_another_mesh(rank, tmp_path):
     """Without what rows draw, which differs between data shards, and without
     statistics of few rows, which make much of a rounding."""

@@ -1,4 +1,7 @@
-"""Overlay: what one process's callbacks raise or stop, they do on all."""
+"""Overlay: what one process's callbacks raise or stop, they do on all.
+
+Those that save a training come last, under a distribution or not.
+"""
 
 import functools
 
@@ -36,6 +39,24 @@ class CallbackList(upstream.CallbackList):
 
     # In which methods all processes learn of what one of them wants.
     _agreed = frozenset()
+
+    def __init__(self, callbacks=None, *args, **kwargs):
+        super().__init__(callbacks, *args, **kwargs)
+        self._put_last()
+
+    def append(self, callback):
+        super().append(callback)
+        self._put_last()
+
+    def _put_last(self):
+        """Lets those that save a training see what all others have done, and
+        restore what these have counted."""
+        last = [c for c in self.callbacks if getattr(c, "comes_last", False)]
+        if last:
+            others = [c for c in self.callbacks if c not in last]
+            self.callbacks = others + last
+            for callback in last:
+                callback.others = others
 
     # Under a distribution collective if any process has a callback: every
     # process calls its list's methods, though callbacks may differ.

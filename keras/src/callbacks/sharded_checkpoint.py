@@ -4,6 +4,7 @@ import warnings
 
 from keras.src.api_export import keras_export
 from keras.src.callbacks.monitor_callback import MonitorCallback
+from keras.src.distribution import callback_states
 from keras.src.distribution import processes
 from keras.src.utils import io_utils
 
@@ -20,6 +21,11 @@ class ShardedCheckpoint(MonitorCallback):
     metrics, seeds and random states, the epoch, the step, and the place in the
     data. `fit` restores the latest one of its directory, on whatever mesh, with
     whatever number of processes, and goes on as an undisturbed run does.
+
+    It has what other callbacks count too: `EarlyStopping` with its best
+    weights, `ReduceLROnPlateau`, `ModelCheckpoint`, and those that have
+    `state_dict()`, of which JSON is made, and `load_state_dict(state)`. It runs
+    after all of them.
 
     A program that is killed at any moment leaves the checkpoints before whole.
     At SIGTERM (a machine that is taken away) a last one is written, at the end
@@ -61,6 +67,9 @@ class ShardedCheckpoint(MonitorCallback):
             the program with the exit code 143. Defaults to True.
     """
 
+    # Those of the `fit`, which it follows.
+    others = ()
+
     def __init__(
         self,
         directory,
@@ -101,6 +110,10 @@ class ShardedCheckpoint(MonitorCallback):
         self._steps = self._batch = self._unsaved = 0
         self._epoch = 0
 
+    @property
+    def comes_last(self):
+        return not self.save_weights_only
+
     def on_train_begin(self, logs=None):
         self._restored, self._batch, self._unsaved = None, 0, 0
         if self.restore:
@@ -128,7 +141,14 @@ class ShardedCheckpoint(MonitorCallback):
         if restored.user is not None:
             self.best = restored.user["best"]
             self._unsaved = restored.user["unsaved"]
+            callback_states.set(
+                self.others,
+                restored.user.get("callbacks", {}),
+                restored.read_array,
+            )
         self.model._initial_epoch = restored.epoch
+        if (restored.user or {}).get("stopped"):
+            callback_states.end(self, restored.path, restored.epoch)
         self._checkpoints.position_of(self.model).resume = restored.position
         if self.verbose:
             io_utils.print_msg(
@@ -209,10 +229,16 @@ class ShardedCheckpoint(MonitorCallback):
             "epoch": epoch,
             "position": self._checkpoints.position_of(self.model).tell(batch),
         }
+        user = {"best": self.best, "unsaved": self._unsaved}
+        arrays = {}
+        if not self.save_weights_only:
+            user["callbacks"], arrays = callback_states.get(self.others)
+            # Of an epoch under way, what ends it is still to come.
+            user["stopped"] = not batch and bool(self.model.stop_training)
         self._checkpoints.save(
-            *(self._saver, self.model, self._steps, training),
-            user={"best": self.best, "unsaved": self._unsaved},
+            *(self._saver, self.model, self._steps, training, user),
             weights_only=self.save_weights_only,
+            arrays=arrays,
         )
         if not self.save_on_background:
             self.wait_until_finished()

@@ -23,9 +23,19 @@ latest = folders.latest
 # Of what a checkpoint is: all that training goes on from, or weights, with or
 # without an optimizer's.
 TRAINING, WEIGHTS = "training", "weights"
+# The names of what the program keeps as arrays begin so.
+ARRAYS = "arrays"
 
 
-def save(saver, model, step, training=None, user=None, weights_only=False):
+def save(
+    saver,
+    model,
+    step,
+    training=None,
+    user=None,
+    weights_only=False,
+    arrays=None,
+):
     """Saves a model that is built, while the program goes on.
 
     Collective under a distribution: every process calls it.
@@ -38,6 +48,8 @@ def save(saver, model, step, training=None, user=None, weights_only=False):
             None.
         user: what the program keeps beside it, of which JSON is made.
         weights_only: whether to save the model's weights alone.
+        arrays: dict from names to numpy arrays that are kept too. What the
+            first process has is written.
     """
     with own_distribution(model):
         _check_built(model, "saved")
@@ -67,7 +79,11 @@ def save(saver, model, step, training=None, user=None, weights_only=False):
             "entries": state.entries,
             "same": state.same,
         }
-        saver.save(tensors, own, step, manifest)
+        kept = {
+            f"{ARRAYS}/{name}": core.convert_to_tensor(value).cpu()
+            for name, value in (arrays or {}).items()
+        }
+        saver.save(tensors, own, step, manifest, kept)
 
 
 class Restored:
@@ -93,6 +109,12 @@ class Restored:
             self.position["began"] = own["began"]
             self.position["now"] = own["random"]
         self.metrics, self.user = [], manifest["user"]
+        self._reader = reader
+
+    def read_array(self, name):
+        """One of the arrays that the program has kept."""
+        x = reading.read_whole(self._reader, f"{ARRAYS}/{name}")
+        return core.convert_to_numpy(x)
 
     def restore_metrics(self):
         for variable, value in self.metrics:
@@ -209,7 +231,7 @@ def _may_differ(name, reader, is_training):
         where = reader.manifest["training"].get("position")
         return where is None or not where["batch"]
     # A file of weights has no seeds, and need not have slots.
-    return kind == reading.OWN or (
+    return kind in (reading.OWN, ARRAYS) or (
         not is_training
         and kind in (state_lib.OPTIMIZER, state_lib.OTHERS, state_lib.SEED)
     )

@@ -54,7 +54,7 @@ class Saver:
         self.max_to_keep = max_to_keep
         self._thread = self._writing = None
 
-    def save(self, tensors, own, step, manifest):
+    def save(self, tensors, own, step, manifest, kept):
         """Copies what this process writes, and lets a thread write it.
 
         Waits for the checkpoint before it. Collective under a distribution:
@@ -65,6 +65,7 @@ class Saver:
             own: what this process keeps of its own; written as JSON.
             step: int, for the name of the checkpoint.
             manifest: dict, of the first process, written as JSON.
+            kept: dict from names to plain tensors, of the first process.
         """
         self.wait()
         with work(f"copying a checkpoint for {self.directory}"):
@@ -78,6 +79,11 @@ class Saver:
                 part = parts.written(x, number)
                 if part is not None:
                     mine[name] = part
+            for name, x in kept.items():
+                index[name] = shard_file.NAMES[x.dtype], list(x.shape)
+                if rank == 0 and x.numel():
+                    shape = tuple(x.shape)
+                    mine[name] = parts.Part(shape, (0,) * x.ndim, x)
             mine = dict(zip(mine, parts.on_host(list(mine.values()))))
             text = json.dumps(own).encode()
             text = torch.frombuffer(bytearray(text), dtype=torch.uint8)

@@ -90,7 +90,7 @@ def from_weights(filepath, directory):
         "entries": entries,
         "same": {},
     }
-    saver.save(tensors, {}, 0, manifest)
+    saver.save(tensors, {}, 0, manifest, {})
     return saver.wait()
 
 
