@@ -664,6 +664,28 @@ def test_collectives_of_an_update(name, world_size):
     assert_as_one_device(program, world_size)
 
 
+# Of each variable two norms; of each two numbers, and rows and columns.
+BY_NORMS = {
+    "Lamb": ({"epsilon": 1e-3}, [("allreduce_", 16)]),
+    "Adafactor": ({}, [("allreduce_", 8 + 4 * 12), ("allreduce_", 8)]),
+}
+
+
+@pytest.mark.parametrize("name", BY_NORMS)
+def test_optimizers_that_ask_for_norms(name, world_size):
+    """One all-reduce of all variables, no gradient and no slot gathered."""
+    arguments, expected = BY_NORMS[name]
+
+    def program(model):
+        optimizer = getattr(keras.optimizers, name)(0.1, **arguments)
+        met = update_twice(model, optimizer)
+        if keras.distribution.distribution() is not None:
+            assert met == expected
+        return [numpy(v) for v in [*model.variables, *optimizer.variables]]
+
+    assert_as_one_device(program, world_size)
+
+
 @pytest.mark.parametrize("axis", [0, 1, (0, 1)])
 def test_constraints_add_up_norms(axis, world_size):
     """And gather no weight."""

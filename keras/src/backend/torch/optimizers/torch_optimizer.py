@@ -15,6 +15,7 @@ from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.training import accumulation
 from keras.src.backend.torch.distribution.variables import storage
 from keras.src.backend.torch.distribution.variables import weight_sums
+from keras.src.backend.torch.optimizers import by_norms
 from keras.src.backend.torch.optimizers import torch_optimizer as upstream
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.utils import torch_utils
@@ -58,6 +59,14 @@ class TorchOptimizer(upstream.TorchOptimizer):
 
     @torch_utils.no_grad
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        update = None
+        if current() is not None and not in_stateless_scope():
+            update = by_norms.update_of(self, trainable_variables)
+        if update is not None:
+            by_norms.update(
+                update, self, grads, trainable_variables, learning_rate
+            )
+            return
         if type(self) not in _elementwise() or in_stateless_scope():
             super()._backend_update_step(
                 grads, trainable_variables, learning_rate

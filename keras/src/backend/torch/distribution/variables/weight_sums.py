@@ -55,15 +55,13 @@ def are_on_one_mesh(tensors):
     for x in tensors:
         if sharded.is_weight(x) and not x.sharding.is_partial:
             meshes.add(x.device_mesh)
-        elif type(x) is not torch.Tensor:
+        elif type(x) not in (torch.Tensor, torch.nn.Parameter):
             return False
     return len(meshes) == 1 and meshes.pop().size() == dist.get_world_size()
 
 
 def squared_norms(tensors):
     """The sum of squares of each of some gradients, in one small all-reduce.
-
-    Of what several processes hold, the first counts.
 
     Collective, if there are weights among them: every process of their mesh
     calls it.
@@ -74,23 +72,45 @@ def squared_norms(tensors):
     Returns:
         List of tensors without dims.
     """
-    sums = []
-    for x in tensors:
-        local = x._local_tensor if sharded.is_weight(x) else x
-        total = torch.sum(torch.square(local))
-        if sharded.is_weight(x) and not _counts(x.sharding):
-            total = torch.zeros_like(total)
-        sums.append(total)
+    parts = [x._local_tensor if sharded.is_weight(x) else x for x in tensors]
+    return add_up([torch.sum(torch.square(x)) for x in parts], tensors)
+
+
+def add_up(sums, tensors):
+    """What each process has added up of its shards, added up over all of them,
+    in one all-reduce.
+
+    Of what several processes hold, the first counts.
+
+    Collective, if there are weights among them: every process of their mesh
+    calls it.
+
+    Args:
+        sums: list of plain tensors, of shapes that are the same on all.
+        tensors: for each the weight or plain tensor that it is a sum of, on one
+            mesh.
+
+    Returns:
+        List of plain tensors, of those shapes and dtypes.
+    """
+    sums = list(sums)
     of_weights = [i for i, x in enumerate(tensors) if sharded.is_weight(x)]
     if of_weights:
         # Half precision is not added up in half precision.
-        wide = [sums[i].to(torch.float32) for i in of_weights]
+        dtype = torch.float32
         if any(sums[i].dtype == torch.float64 for i in of_weights):
-            wide = [total.to(torch.float64) for total in wide]
-        together = torch.stack(wide)
+            dtype = torch.float64
+        parts = [
+            sums[i].to(dtype).reshape(-1)
+            if _counts(tensors[i].sharding)
+            else sums[i].new_zeros(sums[i].numel(), dtype=dtype)
+            for i in of_weights
+        ]
+        together = torch.cat(parts)
         dist.all_reduce(together)
-        for i, total in zip(of_weights, together):
-            sums[i] = total.to(sums[i].dtype)
+        sizes = [part.numel() for part in parts]
+        for i, total in zip(of_weights, together.split(sizes)):
+            sums[i] = total.view(sums[i].shape).to(sums[i].dtype)
     return sums
 
 
