@@ -80,6 +80,21 @@ def test_export(shape, tmp_path, rank, capfd):
         parity.assert_same(value.detach().numpy(), weights[name])
 
 
+@simulated_gpu.needs_storages
+def test_export_of_a_sequential(tmp_path, rank):
+    """Torch finds its weights in the functional model that it makes, too."""
+    x = np.ones((1, 5), "float32")
+    with parity.model_parallel((1, 2), LAYOUTS).scope():
+        model = keras.Sequential([layers.Dense(8, name="up"), layers.Dense(3)])
+        expected = model.predict(x, verbose=0)
+        names = [name for name, _ in model.named_parameters()]
+        assert any(name.startswith("_functional.") for name in names)
+        model.export(tmp_path / "model.pt2", format="torch")
+    exported = torch.export.load(tmp_path / "model.pt2").module()
+    x = keras.ops.convert_to_tensor(x)
+    parity.assert_same(exported(x).detach().numpy(), expected)
+
+
 def test_errors(tmp_path):
     """Of a model that cannot be traced, all processes hear."""
 
