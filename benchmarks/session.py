@@ -8,10 +8,13 @@ import catalog
 import torch
 import torch.distributed as dist
 import workloads
-from collectives import CollectiveCounter
 from processes import describe
 from storage import stored_bytes
 from torch.distributed.device_mesh import init_device_mesh
+
+from keras.src.backend.torch.distribution.report.collectives import (
+    CollectiveCounter,
+)
 
 
 def worker(rank, report, workload, keys, rounds, steps):

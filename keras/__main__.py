@@ -1,9 +1,11 @@
-"""`python -m keras_torch_distribution`: compares runs, converts checkpoints."""
+"""`python -m keras_torch_distribution`: reports, compares, converts."""
 
 import argparse
 import os
+import sys
 
 from keras_torch_distribution import compare
+from keras_torch_distribution import report
 
 
 def main(arguments=None):
@@ -18,6 +20,13 @@ def main(arguments=None):
             "far losses, gradients and weights are from each other",
         )
     )
+    report.add_arguments(
+        commands.add_parser(
+            "report",
+            help="says what a program's distribution costs in memory and "
+            "communication, in one process and without a GPU",
+        )
+    )
     to_weights = commands.add_parser(
         "to-weights", help="writes a .weights.h5 file of a sharded checkpoint"
     )
@@ -30,10 +39,17 @@ def main(arguments=None):
     from_weights.add_argument("directory")
     show = commands.add_parser("show", help="says what is in a checkpoint")
     show.add_argument("checkpoint", help="a checkpoint, or a directory")
-    arguments = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # A program's own arguments, which argparse finds in front of others only.
+    end = given.index("--") if "--" in given else len(given)
+    arguments = parser.parse_args(given[:end])
+    if given[end:]:
+        arguments.arguments = given[end + 1 :]
 
     if arguments.command == "compare":
         parser.exit(compare.main(arguments))
+    if arguments.command == "report":
+        parser.exit(report.main(arguments))
     # A command of this backend, whatever the user's is.
     os.environ["KERAS_BACKEND"] = "torch"
     import keras  # noqa: F401

@@ -16,6 +16,9 @@ from keras.src.backend.torch.distribution.layers import lookup
 from keras.src.backend.torch.distribution.layers import plan
 from keras.src.backend.torch.distribution.layers import projection
 from keras.src.backend.torch.distribution.layers import styles
+from keras.src.backend.torch.distribution.report.collectives import (
+    CollectiveCounter,
+)
 
 ROWS = 7
 
@@ -110,9 +113,6 @@ class Counted:
     """
 
     def __init__(self, model, *inputs):
-        # Here, since only the processes have the folder on their path.
-        from benchmarks.collectives import CollectiveCounter
-
         inputs = [ops.convert_to_tensor(x) for x in inputs]
         # What happens once (checks of the model, first uses) is not counted.
         ops.sum(model(*inputs)).backward()

@@ -15,6 +15,9 @@ from integration_tests.harness import parity
 from keras import layers
 from keras import ops
 from keras.src.backend.torch import distribution_lib as backend_lib
+from keras.src.backend.torch.distribution.report.collectives import (
+    CollectiveCounter,
+)
 from keras.src.backend.torch.distribution.tensors import sharded
 
 pytestmark = pytest.mark.world(2, 4)
@@ -339,9 +342,6 @@ COUNTED = {
 def test_collectives_and_bytes(shape, axes, world_size):
     """What some batch axes cut is gathered over these, and its gradient
     reduce-scattered over them; over the others goes a shard of it alone."""
-    # Here, since only the processes have the folder on their path.
-    from benchmarks.collectives import CollectiveCounter
-
     rows, units = 8, 12
     size = 4 * rows * units  # The kernel's, in bytes.
     sizes = dict(zip((*BATCH, "model"), shape))

@@ -2,5 +2,7 @@
 
 from keras.src.distribution.checkpoints import load_checkpoint
 from keras.src.distribution.checkpoints import save_checkpoint
+from keras.src.distribution.report import Report
+from keras.src.distribution.report import report
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["Report", "load_checkpoint", "report", "save_checkpoint"]

@@ -146,6 +146,21 @@ def sharded_checkpoints():
     )
 
 
+@_of_backend
+def dry_runs():
+    """The module that trains a model for a few steps and counts."""
+    raise NotImplementedError(
+        "A layout report is there for the torch backend: on others a compiler "
+        "decides what is communicated."
+    )
+
+
+@_of_backend
+def stored_shape(variable):
+    """The shape of what this process stores of a variable: a tuple."""
+    return tuple(variable.shape)
+
+
 # ---- rows of a batch ---------------------------------------------------------
 
 

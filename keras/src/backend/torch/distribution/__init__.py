@@ -3,6 +3,7 @@
 Imports go downwards only; `rooms_test` holds them to it:
 
     seam
+    checkpoints    report
     training
     layers
     variables

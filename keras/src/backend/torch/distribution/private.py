@@ -8,6 +8,7 @@ would take longer than what is done there; `private_test` looks for these too.
 """
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 
@@ -48,6 +49,10 @@ as_torch_has_it = _named("torch._C", "DisableTorchFunctionSubclass")
 # Within it neither classes of tensors nor modes have one.
 without_torch_functions = _named("torch._C", "DisableTorchFunction")
 
+# A mode that sees each operator before it runs. It has no other name; torch's
+# documentation of `__torch_dispatch__` imports it from here.
+DispatchMode = _named("torch.utils._python_dispatch", "TorchDispatchMode")
+
 _resolve_process_group = _named(
     "torch.distributed.distributed_c10d", "_resolve_process_group"
 )
@@ -58,6 +63,7 @@ _abort_process_group = _named(
     "torch.distributed.distributed_c10d", "_abort_process_group"
 )
 _current_graph_task_id = _named("torch._C", "_current_graph_task_id")
+_current_node = _named("torch._C", "_current_autograd_node")
 _peek_interpreter_stack = _named(
     "torch._C._functorch", "peek_interpreter_stack"
 )
@@ -83,6 +89,11 @@ def backward_task():
     return _current_graph_task_id()
 
 
+def current_node():
+    """The node of autograd's graph that runs in this thread, or None."""
+    return _current_node()
+
+
 def run_last(node):
     """Lets a node of autograd's graph run after all others that could run,
     which have been made later. `_sequence_nr` is what the engine goes by."""
@@ -103,6 +114,16 @@ def at_end_of_backward(function):
 def store_of_all():
     """The store in which the processes of a job have found each other."""
     return _get_default_store()
+
+
+def join_fake_group(world_size, rank):
+    """Makes this process one of a group whose others are not there. torch's
+    own tests do it so."""
+    # Here, as it is of torch's tests. It registers the backend of this name.
+    store = _named("torch.testing._internal.distributed.fake_pg", "FakeStore")
+    dist.init_process_group(
+        "fake", store=store(), rank=rank, world_size=world_size
+    )
 
 
 def group_of(name):

@@ -15,7 +15,7 @@ FLOORS = [
     {"variables"},
     {"layers"},
     {"training"},
-    {"checkpoints"},
+    {"checkpoints", "report"},
     {"seam"},
 ]
 # What is ambient, torch's private names, and what code of Keras that knows no

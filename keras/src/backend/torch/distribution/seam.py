@@ -33,6 +33,7 @@ __all__ = [
     "call_loss",
     "call_metric",
     "distribution_of",
+    "dry_runs",
     "gather_rows",
     "in_pieces",
     "is_distributed",
@@ -46,6 +47,7 @@ __all__ = [
     "share_of_sum",
     "sharded_checkpoints",
     "spans_rows",
+    "stored_shape",
     "sum_over_rows",
     "work",
 ]
@@ -76,6 +78,17 @@ def sharded_checkpoints():
     from keras.src.backend.torch.distribution.checkpoints import checkpoint
 
     return checkpoint
+
+
+def dry_runs():
+    from keras.src.backend.torch.distribution.report import dry_run
+
+    return dry_run
+
+
+def stored_shape(variable):
+    value = variable._value
+    return tuple(getattr(value, "_local_tensor", value).shape)
 
 
 def share_of_rows():

@@ -1,0 +1,110 @@
+"""The command that reports what a program's distribution costs."""
+
+import argparse
+import json
+
+import pytest
+
+from keras_torch_distribution import __main__ as command
+from keras_torch_distribution import report
+
+PROGRAM = """
+import sys
+
+import keras
+import numpy as np
+
+keras.distribution.initialize()
+devices = keras.distribution.list_devices()
+mesh = keras.distribution.DeviceMesh((1, len(devices)), ("batch", "model"))
+layout_map = keras.distribution.LayoutMap(mesh)
+layout_map[".*up/kernel"] = (None, "model")
+layout_map[".*dwn/kernel"] = ("model", None)
+if "alone" not in sys.argv:
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(
+            layout_map=layout_map, batch_dim_name="batch"
+        )
+    )
+model = keras.Sequential(
+    [keras.layers.Dense(64, "relu", name="up"), keras.layers.Dense(8)]
+)
+x = np.zeros((8, 16), "float32")
+y = np.zeros((8, 8), "float32")
+if "fails" in sys.argv:
+    raise ValueError("no data")
+if "loop" in sys.argv:
+    optimizer = keras.optimizers.SGD(0.1)
+    for _ in range(9):
+        error = model(x) - keras.ops.convert_to_tensor(y)
+        loss = keras.ops.mean(keras.ops.square(error))
+        loss.backward()
+        grads = [v.value.grad for v in model.trainable_variables]
+        optimizer.apply(grads, model.trainable_variables)
+        model.zero_grad()
+else:
+    model.compile("adam", "mse")
+    print("a line of the program's own")
+    model.fit(x, y, batch_size=4, epochs=9)
+raise AssertionError("it runs until two steps are alike")
+"""
+
+
+@pytest.fixture
+def run(no_world, tmp_path, monkeypatch, capsys):
+    """A function that reports the program, with these arguments of its own;
+    it returns the exit status and what was printed."""
+    for name in (*report.LAUNCH, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "3")
+    script = tmp_path / "train.py"
+    script.write_text(PROGRAM)
+
+    def run(own, *options):
+        with pytest.raises(SystemExit) as ended:
+            command.main(["report", str(script), *options, "--", own])
+        return ended.value.code, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["fit", "loop"])
+def test_a_program(run, tmp_path, way):
+    facts = tmp_path / "facts.json"
+    mesh = ["--mesh", "2,4"] if way == "fit" else ["--processes", "4"]
+    options = [*mesh, "--json", str(facts), "--picture", "up/kernel", "--all"]
+    status, said = run(way, *options)
+    assert status == 0, said
+    shape = "2 x model 4 = 8" if way == "fit" else "1 x model 4 = 4"
+    for words in (
+        f"mesh batch {shape} processes; a batch of {4 if way == 'fit' else 8}",
+        ".*dwn/kernel  matches nothing",
+        "up/kernel (16, 64): column over model",
+    ):
+        assert words in said, said
+    assert "of the program's own" not in said
+    listed = json.loads(facts.read_text())["collectives"]
+    # The layer after the one that is cut gathers what it is handed.
+    assert any(
+        c["op"] == "all_gather" and c["layer"].startswith("sequential")
+        for c in listed
+        if c["layer"]
+    )
+
+
+def test_nothing_to_report(run):
+    status, said = run("fails", "--processes", "2")
+    assert status == 2 and "ValueError: no data" in said
+    status, said = run("alone", "--processes", "2")
+    assert status == 2 and "without a distribution" in said
+
+
+def test_arguments(capsys):
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    assert report.main(parser.parse_args(["train.py"])) == 2
+    options = parser.parse_args(["t.py", "--mesh", "2,4", "--processes", "6"])
+    assert report.main(options) == 2
+    said = capsys.readouterr().out
+    assert "Pass --processes" in said and "has 8 processes" in said
+    with pytest.raises(SystemExit):
+        command.main(["report", "--", "train.py"])
