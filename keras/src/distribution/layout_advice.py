@@ -83,7 +83,7 @@ def _rows_of_whole_inputs(facts):
             for i, role in enumerate(v["roles"])
             if role == layout_facts.OUT
             and v["shape"][i] % sizes[name] == 0
-            and not v["axes"][i]
+            and i not in [cut for cut, _ in _model_cuts(v, mesh)]
         ]
         if not forward or not backward or not free:
             continue
@@ -91,7 +91,8 @@ def _rows_of_whole_inputs(facts):
             names and (names[0] if len(names) == 1 else tuple(names))
             for names in v["axes"]
         ]
-        axes[dim], axes[free[0]] = None, name
+        # A data axis that cuts it cuts the other dim then.
+        axes[dim], axes[free[0]] = axes[free[0]], name
         # Query, key and value are one piece of advice.
         parent = layer.rpartition("/")[0] or layer
         entry = found.setdefault((parent, tuple(axes)), [[], [], []])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from keras.src.distribution import layout_advice
 from keras.src.distribution import layout_facts
 from keras.src.distribution.report import Report
 
@@ -141,33 +142,39 @@ def test_many_keys_and_groups_stay_short():
     assert len(report.collectives().splitlines()) == 21
 
 
+def advice(v, listed, **changed):
+    return "\n".join(
+        layout_advice.of(facts(variables=[v], collectives=listed, **changed))
+    )
+
+
 def test_advice():
+    gathered = [collective("all_gather", "a", "forward", 4096)]
     uneven = variable("a/kernel", (8, 5), [None, ["model"]], ["in", "out"])
+    said = advice(uneven, gathered)
+    assert "model (2) does not divide dim 1 of (8, 5)" in said
     width = variable(
         "e/embeddings", (8, 4), [None, ["model"]], ["vocabulary", "width"]
     )
-    listed = [
-        collective("all_gather", "a", "forward", 4096),
-        collective("all_gather", None, "forward", 4096, "others"),
-    ]
-    text = str(
-        Report(
-            facts(
-                variables=[uneven, width],
-                collectives=listed,
-                outputs={".*a.*": "a/output"},
-            )
-        )
+    said = advice(width, gathered)
+    assert "gathered by a. ('model', None) cuts the vocabulary" in said
+    whole = variable("a/kernel", (8, 4), [None, None], ["in", "out"])
+    said = advice(whole, gathered, outputs={".*a.*": "a/output"})
+    assert "'.*a.*' matches 'a/output' too" in said
+    logits = [collective("all_gather", None, "forward", 4096, "others")]
+    assert "it stays cut" in advice(whole, logits)
+    assert not advice(whole, gathered)
+    # The data axis cuts the dim that the model axis leaves.
+    both = variable(
+        "q/kernel", (8, 4), [["model"], ["batch"]], ["in", "out"], "k"
     )
-    for words in ("does not divide dim 1 of (8, 5)", "cuts the vocabulary"):
-        assert words in str(text) or words in "".join(_advice(uneven, listed))
-    assert "lays out that output" in text
-
-
-def _advice(v, listed):
-    from keras.src.distribution import layout_advice
-
-    return layout_advice.of(facts(variables=[v], collectives=listed))
+    row = [
+        collective("all_reduce", "q", "forward", 4096),
+        collective("all_gather", "q", "backward", 4096),
+    ]
+    assert "('batch', 'model') cuts the outputs" in advice(both, row)
+    # A row that follows a column gathers nothing backward.
+    assert not advice(both, row[:1])
 
 
 @pytest.mark.parametrize(
