@@ -7,7 +7,11 @@ from keras.src.backend.torch.distribution.batch import same_data
 
 
 def make_context(shards, auto_shard=True):
-    return types.SimpleNamespace(shards=shards, auto_shard=auto_shard)
+    return types.SimpleNamespace(
+        shards=shards,
+        auto_shard=auto_shard,
+        model_size=len(shards) // len(set(shards)),
+    )
 
 
 def adapter_of(num_batches):

@@ -1,5 +1,7 @@
 """What is wrong with a model is said before its first step, by all."""
 
+import hashlib
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -8,6 +10,7 @@ from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.mesh import agreement
 from keras.src.backend.torch.distribution.mesh import configuration
 from keras.src.backend.torch.distribution.mesh import process_group
+from keras.src.backend.torch.distribution.mesh import together
 from keras.src.backend.torch.distribution.tensors import sharded
 
 # How many numbers are added up at once.
@@ -141,6 +144,8 @@ def check_equal(variables, buffers, names):
         )
         for name, x in buffers.items()
     ]
+    if together.is_same(_digest(mine), "the first step of a model"):
+        return
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     first = everyone[0]
@@ -161,6 +166,12 @@ def check_equal(variables, buffers, names):
             "all of them with `keras.utils.set_random_seed`, and take weights "
             "from one source."
         )
+
+
+def _digest(value):
+    """A whole number that float64 holds, of what can be printed."""
+    code = hashlib.blake2b(repr(value).encode(), digest_size=6)
+    return int.from_bytes(code.digest(), "big")
 
 
 def _said(name, shape, dtype, value, layout, number):

@@ -1,6 +1,7 @@
 """Batches for this process: cut from the global ones, or local already."""
 
 import functools
+import itertools
 import random
 
 import numpy as np
@@ -47,7 +48,7 @@ class ShardedDataAdapter(DataAdapter):
             dataset = _OurRows(_arrays_of(loader), self.context, draws=False)
             return torch.utils.data.DataLoader(
                 dataset,
-                batch_sampler=loader.batch_sampler,
+                batch_sampler=_sliced(loader.batch_sampler),
                 collate_fn=functools.partial(_collate, loader.collate_fn),
             )
         # Now, not with the first batch: here one device's loader draws a seed.
@@ -89,7 +90,11 @@ class ShardedDataAdapter(DataAdapter):
                 size = same_data.FAILED
             elif batch is not None:
                 size = batch.rows.total
-            sizes, digests = same_data.exchange(size, facts)
+            said = same_data.exchange(size, facts, self.context)
+            if said is None:
+                sizes, digests = [size], None
+            else:
+                sizes, digests = said
             if same_data.FAILED in sizes:
                 failed = sizes.index(same_data.FAILED)
                 raise error or RuntimeError(
@@ -100,7 +105,8 @@ class ShardedDataAdapter(DataAdapter):
                 same_data.check_all_ended(sizes, self.context)
                 return
             batch = self._agreed(batch, sizes)
-            same_data.check_rows(batch.facts, digests, self.context)
+            if digests is not None:
+                same_data.check_rows(batch.facts, digests, self.context)
             yield batch
 
     def _batch_of(self, data):
@@ -193,8 +199,11 @@ class LocalDataAdapter(ShardedDataAdapter):
         return rows.Batch(data, local_rows, agreement.facts_of_batch(data))
 
     def _agreed(self, batch, sizes):
-        # The processes of a data shard have the same rows.
-        counts = [sizes[rank] for rank in self.context.data_ranks]
+        if len(sizes) == 1:
+            counts = sizes * self.context.data_size
+        else:
+            # The processes of a data shard have the same rows.
+            counts = [sizes[rank] for rank in self.context.data_ranks]
         batch.rows = rows.Rows(counts, self.context.data_index)
         return batch
 
@@ -249,6 +258,70 @@ def _gpu():
     return device if str(device).startswith("cuda") else None
 
 
+def _sliced(sampler):
+    """The batches of the sampler of an `ArrayDataAdapter`, as arrays.
+
+    torch's sampler makes a list of the rows of each global batch, of which
+    each of a thousand processes would need a few.
+    """
+    kind = type(sampler.sampler)
+    if type(sampler) is not torch.utils.data.BatchSampler or kind not in (
+        torch.utils.data.RandomSampler,
+        torch.utils.data.SequentialSampler,
+    ):
+        return sampler
+    ours = _Slices(sampler)
+    return ours if ours.is_as_released() else sampler
+
+
+class _Slices(torch.utils.data.Sampler):
+    """Batches of rows in order or shuffled, as one device's sampler gives them.
+
+    Args:
+        sampler: a `BatchSampler` of a `RandomSampler` or `SequentialSampler`.
+    """
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self.is_shuffled = not isinstance(
+            sampler.sampler, torch.utils.data.SequentialSampler
+        )
+
+    def is_as_released(self):
+        """Whether this torch draws an order as it is drawn here."""
+        if not self.is_shuffled:
+            return True
+        before = torch.get_rng_state()
+        try:
+            released = list(itertools.islice(self.sampler.sampler, 64))
+            after = torch.get_rng_state()
+            torch.set_rng_state(before)
+            ours = self._order()[:64].tolist()
+            return ours == released and after.equal(torch.get_rng_state())
+        finally:
+            torch.set_rng_state(before)
+
+    def _order(self):
+        number = len(self.sampler.sampler)
+        if not self.is_shuffled:
+            return None
+        seed = int(torch.empty((), dtype=torch.int64).random_().item())
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(number, generator=generator).numpy()
+
+    def __iter__(self):
+        number, size = len(self.sampler.sampler), self.sampler.batch_size
+        order = self._order()
+        for start in range(0, number, size):
+            stop = min(start + size, number)
+            yield (
+                np.arange(start, stop) if order is None else order[start:stop]
+            )
+
+    def __len__(self):
+        return len(self.sampler)
+
+
 class _OurRows(torch.utils.data.Dataset):
     """Reads local rows of the global batches of a dataset.
 
@@ -273,10 +346,14 @@ class _OurRows(torch.utils.data.Dataset):
         self.__dict__.update(own)
 
     def __getitems__(self, indices):
-        indices = list(indices)
+        is_array = isinstance(indices, np.ndarray)
+        indices = indices if is_array else list(indices)
         start, stop = rows.split(len(indices), *self._shard)
         local_rows = rows.split_evenly(len(indices), *self._shard)
         part = slice(*rows.with_a_row(start, stop))
+        if is_array:
+            ours = self._read(indices[part].tolist())
+            return ours, local_rows, _facts_of(indices)
         if self._draws is False:
             read = self._read_quietly if self._is_watched else self._read
             return read(indices[part]), local_rows, _facts_of(indices)

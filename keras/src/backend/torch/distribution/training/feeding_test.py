@@ -20,6 +20,7 @@ from keras.src.utils import rng_utils
 def make_context(index, size=2, auto_shard=True):
     return types.SimpleNamespace(
         data_size=size,
+        model_size=1,
         data_index=index,
         shards=list(range(size)),
         data_ranks=range(size),
