@@ -108,7 +108,8 @@ def configuration(device_mesh):
     # Too many devices are a mesh that is too large, not unknown devices.
     ranks = ()
     if len(devices) == world:
-        ranks = tuple(device_index(d) for d in devices)
+        types = available_types()
+        ranks = tuple(_index(d, world, types) for d in devices)
     if sorted(ranks) != list(range(world)):
         product = " x ".join(
             f"{name} {n}" for name, n in zip(device_mesh.axis_names, shape)
@@ -172,14 +173,17 @@ def device_index(device):
     Raises:
         ValueError: if there is no such device.
     """
+    return _index(device, process_group.num_processes(), available_types())
+
+
+def _index(device, world, types):
     kind, _, index = str(device).lower().partition(":")
     kind = "cuda" if kind == "gpu" else kind
     index = index or "0"
-    world = process_group.num_processes()
-    if kind not in available_types() or not index.isdigit():
+    if kind not in types or not index.isdigit():
         raise ValueError(
-            f"Device not found: {device}. Available types: "
-            f"{available_types()}. Received: device_name={device}"
+            f"Device not found: {device}. Available types: {types}. "
+            f"Received: device_name={device}"
         )
     if int(index) >= world:
         raise ValueError(

@@ -1,7 +1,6 @@
 """Batches for this process: cut from the global ones, or local already."""
 
 import functools
-import itertools
 import random
 
 import numpy as np
@@ -270,56 +269,56 @@ def _sliced(sampler):
         torch.utils.data.SequentialSampler,
     ):
         return sampler
-    ours = _Slices(sampler)
-    return ours if ours.is_as_released() else sampler
+    is_shuffled = kind is torch.utils.data.RandomSampler
+    if is_shuffled and not _shuffles_as_released():
+        return sampler
+    return _Slices(len(sampler.sampler), sampler.batch_size, is_shuffled)
+
+
+def _order(number):
+    """The rows in the order in which torch's `RandomSampler` gives them."""
+    seed = int(torch.empty((), dtype=torch.int64).random_().item())
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(number, generator=generator).numpy()
+
+
+@functools.cache
+def _shuffles_as_released():
+    """Whether this torch draws an order as `_order` does."""
+    number, before = 1000, torch.get_rng_state()
+    try:
+        released = list(torch.utils.data.RandomSampler(range(number)))
+        after = torch.get_rng_state()
+        torch.set_rng_state(before)
+        ours = _order(number).tolist()
+        return ours == released and after.equal(torch.get_rng_state())
+    finally:
+        torch.set_rng_state(before)
 
 
 class _Slices(torch.utils.data.Sampler):
-    """Batches of rows in order or shuffled, as one device's sampler gives them.
+    """Batches of rows, in order or shuffled, as arrays.
 
     Args:
-        sampler: a `BatchSampler` of a `RandomSampler` or `SequentialSampler`.
+        number: int, of rows.
+        size: int, of a batch.
+        is_shuffled: bool.
     """
 
-    def __init__(self, sampler):
-        self.sampler = sampler
-        self.is_shuffled = not isinstance(
-            sampler.sampler, torch.utils.data.SequentialSampler
-        )
-
-    def is_as_released(self):
-        """Whether this torch draws an order as it is drawn here."""
-        if not self.is_shuffled:
-            return True
-        before = torch.get_rng_state()
-        try:
-            released = list(itertools.islice(self.sampler.sampler, 64))
-            after = torch.get_rng_state()
-            torch.set_rng_state(before)
-            ours = self._order()[:64].tolist()
-            return ours == released and after.equal(torch.get_rng_state())
-        finally:
-            torch.set_rng_state(before)
-
-    def _order(self):
-        number = len(self.sampler.sampler)
-        if not self.is_shuffled:
-            return None
-        seed = int(torch.empty((), dtype=torch.int64).random_().item())
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(number, generator=generator).numpy()
+    def __init__(self, number, size, is_shuffled):
+        self.number, self.size = number, size
+        self.is_shuffled = is_shuffled
 
     def __iter__(self):
-        number, size = len(self.sampler.sampler), self.sampler.batch_size
-        order = self._order()
-        for start in range(0, number, size):
-            stop = min(start + size, number)
+        order = _order(self.number) if self.is_shuffled else None
+        for start in range(0, self.number, self.size):
+            stop = min(start + self.size, self.number)
             yield (
                 np.arange(start, stop) if order is None else order[start:stop]
             )
 
     def __len__(self):
-        return len(self.sampler)
+        return -(-self.number // self.size)
 
 
 class _OurRows(torch.utils.data.Dataset):
