@@ -12,6 +12,10 @@ from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 
+# In place of a parameter's number, where a bucket has how many processes have
+# met something else than was predicted.
+SURPRISE = -1
+
 
 class Share:
     """A gradient in `.grad` that is not, or not all, reduced.
@@ -62,7 +66,8 @@ class Pass:
         differentiable: whether what is reduced is differentiated again.
         defers: whether gradients are left local.
         accumulates: whether a gradient has been accumulated: `backward()` runs.
-        schedule: the `buckets.Schedule` of what is predicted to arrive.
+        numbers: tuple, of the parameters that are predicted to arrive.
+        schedule: the `buckets.Schedule` of them.
         arrived: dict from numbers of parameters to `Arrived`.
         returned: dict from numbers to weak references to what `grad()` returns.
         reduced: dict from numbers to reduced gradients.
@@ -76,8 +81,8 @@ class Pass:
         self.differentiable = torch.is_grad_enabled()
         self.defers = reducer.defers and not self.differentiable
         self.accumulates = False
-        numbers = () if self.defers else reducer.predict()
-        self.schedule = buckets.Schedule(reducer.plan(numbers))
+        self.numbers = () if self.defers else reducer.predict()
+        self.schedule = buckets.Schedule(reducer.plan(self.numbers))
         self.arrived, self.returned, self.reduced = {}, {}, {}
 
     def arrive(self, number, parameter, grad):
@@ -117,6 +122,9 @@ class Pass:
                 grads[number] = self._local(arrived.new)
                 arrived.new = None
         owed = {n: self._owed(n) for n in bucket.numbers}
+        if SURPRISE in owed:
+            surprised = torch.tensor([float(not self._is_as_predicted())])
+            owed[SURPRISE] = [surprised.to(bucket.dtype)]
         arguments = grads, self.weight, self.reducer.context.data_group, owed
         if self.differentiable:
             with torch.enable_grad():
@@ -176,19 +184,44 @@ class Pass:
             return
         for bucket in self.schedule.rest():
             self._start(bucket)
-        replaced = [n for n, copy in self.returned.items() if copy() is None]
-        reached, error = reducer.agree(self.arrived, self.returned, replaced)
-        surprises = [n for n in reached if n not in self.schedule]
-        for bucket in self.schedule.rest(reducer.buckets(surprises)):
-            self._start(bucket)
-        if not self.differentiable:
-            for bucket in self.schedule.started:
-                self.reduced.update(bucket.finish())
+        reached, error = self.numbers, None
+        if not self._all_as_predicted():
+            replaced = [n for n, c in self.returned.items() if c() is None]
+            reached, error = reducer.agree(
+                self.arrived, self.returned, replaced
+            )
+            surprises = [n for n in reached if n not in self.schedule]
+            for bucket in self.schedule.rest(reducer.buckets(surprises)):
+                self._start(bucket)
+        self._finish_started()
         with torch.set_grad_enabled(self.differentiable):
             self._write(set(reached))
         reducer.remember(reached)
         if error is not None:
             raise error
+
+    def _is_as_predicted(self):
+        """Whether this process has met what was predicted, and all have agreed
+        on that before."""
+        return (
+            not self.returned
+            and tuple(sorted(self.arrived)) == self.numbers
+            and self.reducer.is_agreed(self.numbers)
+        )
+
+    def _all_as_predicted(self):
+        """Whether all processes have, as far as a bucket says."""
+        if SURPRISE not in self.schedule:
+            return False
+        self._finish_started()
+        return not self.reduced.pop(SURPRISE).any()
+
+    def _finish_started(self):
+        if self.differentiable:
+            return
+        for bucket in self.schedule.started:
+            if bucket.work is not None:
+                self.reduced.update(bucket.finish())
 
     def _write(self, reached):
         for number, reduced in self.reduced.items():

@@ -17,7 +17,9 @@ same on all processes:
    are predicted. Their buckets are reduced in a fixed order, each as soon as it
    is full; at the end of backward the others follow, with zeros for what has no
    gradient here.
-2. One small collective tells which parameters had a gradient anywhere.
+2. One small collective tells which parameters had a gradient anywhere. It is
+   left out on CPUs where no process has met anything else than was predicted,
+   and all have agreed on that once: a number in the last bucket says so.
 3. Those that nobody predicted are reduced. Those without a gradient anywhere
    keep `grad = None`, as on one device.
 
@@ -43,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.gradients import buckets
+from keras.src.backend.torch.distribution.gradients.backward import SURPRISE
 from keras.src.backend.torch.distribution.gradients.backward import Pass
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.tensors import collectives
@@ -83,6 +86,7 @@ class Reducer:
         self._marks = bytearray()
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
+        self._agreed = set()  # What passes have reached, as all agreed.
         self._pass = _no_pass
         self.owed, self.defers = {}, False
         self.shares = {}  # number -> `backward.Share`
@@ -206,8 +210,20 @@ class Reducer:
         if numbers not in self._plans:
             if len(self._plans) > HISTORY:
                 self._plans.clear()
-            self._plans[numbers] = self.buckets(numbers)
+            plan = self._plans[numbers] = self.buckets(numbers)
+            # Of what lies on a GPU, the host would wait for all of it.
+            if plan and torch.device(plan[-1].device).type == "cpu":
+                plan[-1].add(SURPRISE, _like((1,), plan[-1].dtype))
         return self._plans[numbers]
+
+    def is_agreed(self, reached):
+        """Whether all have agreed once that a pass reached these, and that they
+        are the same parameters.
+
+        Args:
+            reached: tuple of numbers, in ascending order.
+        """
+        return reached in self._agreed
 
     def buckets(self, numbers):
         """Cuts parameters into buckets of one dtype, last created first."""
@@ -248,10 +264,13 @@ class Reducer:
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.context.data_group)
         anywhere, missed, returned, largest, smallest = flags
         self._check_same(_numbers(anywhere & (largest != 255 - smallest)))
-        error = None
+        error, reached = None, _numbers(anywhere)
         if returned.any():
             error = self._error(returned, missed & anywhere)
-        return _numbers(anywhere), error
+        if len(self._agreed) > HISTORY:
+            self._agreed.clear()
+        self._agreed.add(reached)
+        return reached, error
 
     def _check_same(self, different):
         if not different:

@@ -294,8 +294,8 @@ def test_reduces_while_backward_runs(fake_world, monkeypatch):
         "1",
         "reduce 2",
         "0",
-        "reduce 2",
-        f"reduce {5 * gradients.FLAGS}",
+        # With the number of those that have met something else.
+        "reduce 3",
     ]
 
 
@@ -484,9 +484,58 @@ def test_gradients_left_local_are_completed(on_threads, communicated):
     for _, grads in results:
         assert grads == [13.0, 2.0, 1.0]
     # Of the last two passes: the flags, and what they reached. That the first
-    # of them reached too was predicted of the second.
+    # of them reached too was predicted of the second, with a number for those
+    # that met something else.
     flags = 5 * gradients.FLAGS
-    assert sorted(communicated) == sorted(([flags, 5] + [flags, 5, 4]) * 3)
+    assert sorted(communicated) == sorted(([flags, 5] + [flags, 6, 4]) * 3)
+
+
+FLAGGED = 5 * gradients.FLAGS
+
+
+def test_what_all_have_predicted_needs_no_agreement(on_threads, communicated):
+    def run(rank):
+        model, given = Model(), []
+        passes = [
+            {0: 1.0, 1: 3.0},
+            {0: 1.0 + rank, 1: 3.0},
+            # Here on one alone; there more than was predicted.
+            {0: 2.0, 1: 4.0} if rank else {0: 2.0},
+            {0: 2.0, 1: 4.0, 2: 6.0} if rank else {0: 2.0, 1: 4.0},
+            {0: 1.0, 1: 1.0, 2: 1.0},
+        ]
+        for grads in passes:
+            model.zero()
+            model.backward(grads)
+            given.append(model.grads)
+        # And what `grad` returns.
+        return given, model.grad({0: 2.0 + rank, 1: 1.0, 2: 1.0})
+
+    for given, returned in on_threads(2, run):
+        assert given == [
+            [1.0, 3.0, None],
+            [1.5, 3.0, None],
+            [2.0, 2.0, None],
+            [2.0, 4.0, 3.0],
+            [1.0, 1.0, 1.0],
+        ]
+        assert returned == [2.5, 1.0, 1.0]
+    # The first, the two in which one met something else, and `grad`.
+    assert communicated.count(FLAGGED) == 4 * 2
+
+
+def test_a_process_without_rows_says_that_it_is_surprised(on_threads):
+    def run(rank):
+        model = Model()
+        for _ in range(2):
+            model.zero()
+            model.backward({0: 1.0})
+        with rows.current_rows(rows.Rows((2, 0), rank)):
+            model.zero()
+            model.backward({0: 1.0, 1: 1.0} if rank else {0: 1.0})
+        return model.grads
+
+    assert on_threads(2, run) == [[1.0, 0.0, None]] * 2
 
 
 def test_a_share_is_added_to_what_was_reduced(on_threads):
