@@ -165,9 +165,10 @@ def make_model():
 def measure(layout, size):
     """What one process of `size` takes, as a dict."""
     import alike
-    import keras
     import numpy as np
     import torch
+
+    import keras
 
     torch.set_num_threads(1)
     keras.utils.set_random_seed(1)

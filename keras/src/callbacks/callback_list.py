@@ -78,8 +78,8 @@ class CallbackList(upstream.CallbackList):
         has_any, *used = processes.any_of_each([bool(own), *used])
         self._agreed = frozenset()
         if has_any:
-            # A callback of another thread may stop at the end of any batch.
-            self._agreed = {*BEGINS, *SELDOM, "on_train_batch_end"}
+            # What another thread asks for, the next step tells all.
+            self._agreed = {*BEGINS, *SELDOM}
             self._agreed.update(n for n, is_used in zip(OFTEN, used) if is_used)
             # What communicates must not run in a thread of the list.
             self._async_train = self._async_test = self._async_predict = False

@@ -30,6 +30,7 @@ from keras.src.backend.torch.distribution.training import logs as logs_lib
 from keras.src.backend.torch.distribution.training import metric_states
 from keras.src.backend.torch.distribution.training import position
 from keras.src.backend.torch.distribution.training import preemption
+from keras.src.backend.torch.distribution.training import stopping
 
 __all__ = ["TorchEpochIterator", "TorchTrainer"]
 
@@ -37,6 +38,8 @@ released_compute_loss = upstream.TorchTrainer._compute_loss
 
 
 class TorchTrainer(upstream.TorchTrainer):
+    stop_training = stopping.StopTraining()
+
     def __init__(self):
         super().__init__()
         # Not by `setattr`: a model is no module of torch's yet.
@@ -118,7 +121,10 @@ class TorchTrainer(upstream.TorchTrainer):
         if process_group.process_id():
             arguments["verbose"] = 0
         _check_call(self, name, arguments)
-        return method(**arguments)
+        if name != "fit":
+            return method(**arguments)
+        with stopping.of_fit(self):
+            return method(**arguments)
 
     def _get_metrics_result_or_logs(self, logs):
         here = position.of(self)
@@ -359,11 +365,11 @@ class TrainStep(Step):
 
     @property
     def wants_to_stop(self):
-        return self.model.stop_training
+        return stopping.is_wanted(self.model)
 
     @wants_to_stop.setter
     def wants_to_stop(self, value):
-        self.model.stop_training = value
+        stopping.agree(self.model, value)
 
     def facts(self, data, context):
         facts = super().facts(data, context)
