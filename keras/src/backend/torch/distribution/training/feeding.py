@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from keras.src import tree
-from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution.batch import same_data
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.mesh import agreement
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.training import whole_batches
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
@@ -67,7 +67,7 @@ class ShardedDataAdapter(DataAdapter):
             if self._loader is None:
                 self._loader = _loader_of_our_rows(loader, self.context)
             return self._loader
-        return loader
+        return whole_batches.cutting(loader, self.context)
 
     def _together(self, iterator):
         """Batches as long as all processes have one; errors are raised by all.
@@ -111,7 +111,7 @@ class ShardedDataAdapter(DataAdapter):
     def _batch_of(self, data):
         if isinstance(data, rows.Batch):
             return data
-        return _cut(data, self.context)
+        return whole_batches.cut(data, self.context)
 
     def _agreed(self, batch, sizes):
         if any(size != sizes[0] for size in sizes):
@@ -210,9 +210,6 @@ class LocalDataAdapter(ShardedDataAdapter):
 class _PinnedArrays(torch.utils.data.Dataset):
     """Arrays as Keras's own dataset reads them, copied to a GPU in passing.
 
-    Keras converts a batch where it lies, in memory that may be paged: the host
-    waits for the copy, which waits for all work that the GPU has been given.
-
     Args:
         dataset: the dataset of an `ArrayDataAdapter` (of Keras 3.15.1, which
             keeps the arrays as `array`).
@@ -224,20 +221,12 @@ class _PinnedArrays(torch.utils.data.Dataset):
 
     def __getitems__(self, indices):
         return tree.map_structure(
-            lambda array: self._read(array, indices),
+            lambda array: whole_batches.to_gpu(
+                array.convert_to_torch_compatible(array[indices]), self.device
+            ),
             self.dataset.array,
             none_is_leaf=False,
         )
-
-    def _read(self, array, indices):
-        x = array.convert_to_torch_compatible(array[indices])
-        if isinstance(x, torch.Tensor) and x.device.type != "cpu":
-            return core.convert_to_tensor(x)
-        with core.device_scope("cpu"):
-            x = core.convert_to_tensor(x)
-        if x.layout is torch.strided:
-            x = x.pin_memory()
-        return x.to(self.device, non_blocking=True)
 
     def __len__(self):
         return len(self.dataset)
@@ -245,16 +234,10 @@ class _PinnedArrays(torch.utils.data.Dataset):
 
 def _arrays_of(loader):
     """The dataset of the loader of an `ArrayDataAdapter`."""
-    device = _gpu()
+    device = whole_batches.gpu()
     if device is None:
         return loader.dataset
     return _PinnedArrays(loader.dataset, device)
-
-
-def _gpu():
-    """The GPU of this process, None without one."""
-    device = core.get_device()
-    return device if str(device).startswith("cuda") else None
 
 
 def _sliced(sampler):
@@ -413,12 +396,6 @@ def _facts_of(indices):
     return {"batch, order of its rows": (len(indices), *ends)}
 
 
-def _cut(data, context):
-    batch = rows.cut(data, context)
-    batch.facts = agreement.facts_of_batch(data)
-    return batch
-
-
 def _loader_of_our_rows(loader, context):
     """A user's `DataLoader` that reads local rows of the same batches."""
     # Workers in order: all processes see the same batches.
@@ -480,7 +457,7 @@ def to_batch(data, context):
         return borders.batch_of(data, context)
     outer = rows.get_current_rows()
     if outer is None and context.auto_shard:
-        return _cut(data, context)
+        return whole_batches.cut(data, context)
     local = rows.count(data)
     if outer is not None and not outer.local:
         local = 0  # What is computed without rows does not count.

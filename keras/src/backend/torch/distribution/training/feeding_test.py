@@ -10,6 +10,7 @@ from keras.src.backend.torch.distribution.batch import same_data
 from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.training import feeding
+from keras.src.backend.torch.distribution.training import whole_batches
 from keras.src.distribution import distribution_lib
 from keras.src.distribution.distribution_lib import DataParallel
 from keras.src.distribution.distribution_lib import DeviceMesh
@@ -254,8 +255,16 @@ def test_epoch_iterator(fake_world, is_distributed):
     assert all(isinstance(b, rows.Batch) == is_distributed for b in data)
 
 
-@pytest.mark.parametrize("auto_shard", [True, False])
-@pytest.mark.parametrize("source", ["arrays", "tensors"])
+@pytest.mark.parametrize(
+    "source, auto_shard",
+    [
+        ("arrays", True),
+        ("arrays", False),
+        ("tensors", True),
+        ("tensors", False),
+        ("generator", True),
+    ],
+)
 def test_arrays_are_copied_to_a_gpu_in_passing(
     source, auto_shard, on_threads, monkeypatch
 ):
@@ -283,7 +292,7 @@ def test_arrays_are_copied_to_a_gpu_in_passing(
         return batches_of(kind(adapter, context))
 
     [expected] = on_threads(1, run)
-    monkeypatch.setattr(feeding, "_gpu", lambda: "cuda:0")
+    monkeypatch.setattr(whole_batches, "gpu", lambda: "cuda:0")
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", copy)
     [actual] = on_threads(1, run)
@@ -292,3 +301,24 @@ def test_arrays_are_copied_to_a_gpu_in_passing(
     for one, other in zip(actual, expected, strict=True):
         for a, b in zip(one[0], other[0], strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_whole_batch_is_cut_before_it_is_moved(on_threads, monkeypatch):
+    moved = []
+    to_device = whole_batches.to_device
+
+    def logged(x):
+        moved.append((type(x), len(x)))
+        return to_device(x)
+
+    monkeypatch.setattr(whole_batches, "to_device", logged)
+
+    def run(rank):
+        adapter = get_data_adapter(**SOURCES["generator"]())
+        context = make_context(rank)
+        return batches_of(feeding.ShardedDataAdapter(adapter, context))
+
+    on_threads(2, run)
+    # Of batches of 4, 4 and 2 rows, x and y, on each of two.
+    assert sorted(n for _, n in moved) == [1] * 4 + [2] * 8
+    assert {kind for kind, _ in moved} == {np.ndarray}
