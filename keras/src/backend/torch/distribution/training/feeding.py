@@ -1,7 +1,6 @@
 """Batches for this process: cut from the global ones, or local already."""
 
 import functools
-import random
 
 import numpy as np
 import torch
@@ -12,6 +11,8 @@ from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.mesh import agreement
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.training import by_index
+from keras.src.backend.torch.distribution.training import random_states
 from keras.src.backend.torch.distribution.training import whole_batches
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
@@ -35,12 +36,15 @@ class ShardedDataAdapter(DataAdapter):
         self.adapter = adapter
         self.context = context
         self._loader = None  # A user's, whose workers may outlive an epoch.
+        self._reading = by_index.reading(adapter, context)
 
     def get_torch_dataloader(self):
         """An iterable of `rows.Batch`.
 
         Collective with every batch, but for arrays: every process reads it.
         """
+        if self._reading is not None and not self._reading.is_over:
+            return self._together(iter(self._reading.loader()))
         loader = self.adapter.get_torch_dataloader()
         if isinstance(self.adapter, ArrayDataAdapter):
             # A loader too: it draws on the random state as one device's does.
@@ -84,6 +88,9 @@ class ShardedDataAdapter(DataAdapter):
                     facts = batch.facts
             except Exception as e:
                 error = e
+            if isinstance(batch, by_index.Agreed):
+                yield batch
+                continue
             size = same_data.NONE
             if error is not None:
                 size = same_data.FAILED
@@ -339,16 +346,16 @@ class _OurRows(torch.utils.data.Dataset):
         if self._draws is False:
             read = self._read_quietly if self._is_watched else self._read
             return read(indices[part]), local_rows, _facts_of(indices)
-        before = _random_states()
+        before = random_states.mark()
         samples = self._read(indices)[part]
         if self._draws is None:
-            self.__dict__["_draws"] = _random_states() != before
+            self.__dict__["_draws"] = random_states.mark() != before
         return samples, local_rows, _facts_of(indices)
 
     def _read_quietly(self, indices):
-        before = _random_states()
+        before = random_states.mark()
         samples = self._read(indices)
-        if _random_states() != before:
+        if random_states.mark() != before:
             raise ValueError(
                 "The dataset of a `DataLoader` must draw random numbers for "
                 "every batch or for none, so that all processes draw the same. "
@@ -373,16 +380,6 @@ class _OurRows(torch.utils.data.Dataset):
 
     def __setattr__(self, name, value):
         setattr(self._dataset, name, value)
-
-
-def _random_states():
-    kind, keys, *rest = np.random.get_state()
-    return (
-        torch.get_rng_state().numpy().tobytes(),
-        keys.tobytes(),
-        *rest,
-        random.getstate(),
-    )
 
 
 def _collate(collate, read):

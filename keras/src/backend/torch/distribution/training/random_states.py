@@ -37,6 +37,23 @@ def set(states):
         generator.set_state(from_text(states["cuda"]))
 
 
+def mark():
+    """What differs after one of the host's generators, or Keras's own, has been
+    drawn from."""
+    kind, keys, *rest = np.random.get_state()
+    generator = global_state.get_global_attribute(
+        seed_generator.GLOBAL_SEED_GENERATOR
+    )
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        keys.tobytes(),
+        *rest,
+        random.getstate(),
+        # It is written anew with each draw.
+        generator and generator.state.value._version,
+    )
+
+
 def _of_gpu():
     """The generator of this process's GPU, whose state lies on the host; None
     where no GPU has been used."""

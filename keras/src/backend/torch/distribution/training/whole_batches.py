@@ -50,6 +50,15 @@ def cut(data, context):
     return batch
 
 
+def cut_and_moved(data, context):
+    """As `cut`, of anything that Keras converts, on the device."""
+    # As Keras does: None is no array.
+    data = tree.map_structure(_sliceable, data, none_is_leaf=False)
+    batch = cut(data, context)
+    batch[0] = tree.map_structure(to_device, batch[0], none_is_leaf=False)
+    return batch
+
+
 def cutting(loader, context):
     """A loader of our rows of what a loader of Keras's would convert whole.
 
@@ -71,13 +80,7 @@ class _Cut(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         for data in self.iterable:
-            # As Keras does: None is no array.
-            data = tree.map_structure(_sliceable, data, none_is_leaf=False)
-            batch = cut(data, self.context)
-            batch[0] = tree.map_structure(
-                to_device, batch[0], none_is_leaf=False
-            )
-            yield batch
+            yield cut_and_moved(data, self.context)
 
 
 def _as_it_is(batch):

@@ -1,0 +1,365 @@
+"""Batches of a `PyDataset`, each of which one process reads for all.
+
+Of n processes each reads every n-th batch; then every one sends the others
+their rows. So n batches take the time of one.
+
+That is done where a dataset has `workers=2`, or more, or processes that work:
+one device then reads several batches at once, ahead of the steps and in no
+fixed order, so that what is read by an index depends on nothing but the index.
+With one worker nobody can know: a dataset may draw from a generator of its own,
+or be changed between two batches. There all read all, one after the other.
+
+The first batch of an epoch is read by all. It tells whether they read the same
+data, and whether reading draws on the random generators that all processes must
+draw on alike; where it does, all read all, one after the other.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import pickle
+import random
+import zlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from keras.src import tree
+from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.training import random_states
+from keras.src.backend.torch.distribution.training import whole_batches
+from keras.src.trainers.data_adapters.py_dataset_adapter import OrderedEnqueuer
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDataset
+from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
+
+logger = logging.getLogger("keras.distribution")
+
+
+class Agreed(rows.Batch):
+    """A batch of which all processes know that all have it."""
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """An array of a batch, without its numbers; which one in a list of them."""
+
+    place: int
+    shape: tuple
+    dtype: torch.dtype
+
+    def part(self, start, stop):
+        """How many rows, and bytes, a range of rows has."""
+        shape = (stop - start, *self.shape[1:])
+        return shape, int(np.prod(shape)) * self.dtype.itemsize
+
+
+def reading(adapter, context):
+    """A `Reading` for the adapter of a `PyDataset` whose batches may be read in
+    any order, by any process; else None.
+
+    Args:
+        adapter: Keras's data adapter.
+        context: the `Context`.
+    """
+    if type(adapter) is not PyDatasetAdapter or not context.auto_shard:
+        return None
+    if dist.get_world_size() == 1 or adapter.num_batches is None:
+        return None
+    if adapter.enqueuer is None:
+        name = type(adapter.py_dataset).__name__
+        if context.says_first("read by all", name):
+            logger.info(
+                "Every process reads all batches of `%s`, one after the other, "
+                "as one device does. With `workers=2` each reads some, and "
+                "sends the others their rows.",
+                name,
+            )
+        return None
+    return Reading(adapter, context)
+
+
+class Reading(torch.utils.data.IterableDataset):
+    """The batches of an epoch, as `rows.Batch`.
+
+    Collective, with the first batch of each `n` of n processes: every process
+    iterates over it.
+
+    Args:
+        adapter: a `PyDatasetAdapter`. Its enqueuer is taken from it.
+        context: the `Context`.
+
+    Attributes:
+        is_over: whether all read all batches from now on.
+    """
+
+    def __init__(self, adapter, context):
+        self.adapter, self.context = adapter, context
+        self.enqueuer, adapter.enqueuer = adapter.enqueuer, None
+        self.is_over = False
+
+    def loader(self):
+        """A loader, which draws a seed as one device's does."""
+        return torch.utils.data.DataLoader(
+            self, batch_size=None, collate_fn=_as_it_is
+        )
+
+    def __iter__(self):
+        indices = list(range(self.adapter.num_batches))
+        if self.adapter.shuffle:
+            random.shuffle(indices)
+        if not indices:
+            return
+        before = random_states.mark()
+        first = self._whole(indices[0])
+        draws = random_states.mark() != before
+        # All are to find the same.
+        first.facts["batch, whether reading it draws"] = draws
+        yield first
+        if draws:
+            # Threads would draw in another order on each process.
+            self._end("it draws random numbers")
+            yield from map(self._whole, indices[1:])
+            return
+        with self._own(indices[1:]) as own:
+            yield from self._rounds(indices[1:], own)
+
+    def _whole(self, index):
+        data = self.adapter._standardize_batch(self.adapter.py_dataset[index])
+        return whole_batches.cut_and_moved(data, self.context)
+
+    def _end(self, reason):
+        """From now on all read all."""
+        self.is_over = True
+        logger.info(
+            "Every process reads all batches of %s: %s.",
+            type(self.adapter.py_dataset).__name__,
+            reason,
+        )
+
+    @contextlib.contextmanager
+    def _own(self, indices):
+        """An iterator over the batches that this process reads."""
+        dataset = self.adapter.py_dataset
+        mine = indices[dist.get_rank() :: dist.get_world_size()]
+        if not mine:
+            yield iter(())
+            return
+        enqueuer = OrderedEnqueuer(
+            _Some(dataset, mine),
+            workers=dataset.workers,
+            use_multiprocessing=dataset.use_multiprocessing,
+            max_queue_size=dataset.max_queue_size,
+        )
+        enqueuer.start()
+        try:
+            yield enqueuer.get()
+        finally:
+            enqueuer.stop()
+
+    def _rounds(self, indices, own):
+        world = dist.get_world_size()
+        for start in range(0, len(indices), world):
+            now = indices[start : start + world]
+            mine = self._read(own) if dist.get_rank() < len(now) else None
+            said, received = _exchange(mine, self.context)
+            if said is None:
+                self._end("one is not made of arrays alone")
+                self.adapter.enqueuer = self.enqueuer
+                yield from map(self._whole, indices[start:])
+                return
+            for reader, index in enumerate(now):
+                yield self._batch(index, reader, mine, said, received)
+
+    def _read(self, own):
+        """The next batch that this process reads, or an `Exception`."""
+        try:
+            batch = self.adapter._standardize_batch(next(own))
+            with core.device_scope("cpu"):
+                return _Read(batch)
+        except Exception as error:
+            return error
+
+    def _batch(self, index, reader, mine, said, received):
+        skeleton = said[reader]
+        if isinstance(skeleton, str):
+            if isinstance(mine, Exception) and reader == dist.get_rank():
+                raise mine
+            raise RuntimeError(
+                f"Process {reader} could not read a batch; its own error says "
+                f"why: {skeleton}"
+            )
+        leaves = received[reader]
+        data = tree.map_structure(
+            lambda leaf: whole_batches.to_device(leaves[leaf.place]),
+            skeleton,
+            none_is_leaf=False,
+        )
+        total = _total(skeleton)
+        size, own = self.context.data_size, self.context.data_index
+        return Agreed(
+            data,
+            rows.split_evenly(total, size, own),
+            {"batch, order of its rows": (index, total)},
+        )
+
+
+class _Some(PyDataset):
+    """Some batches of a dataset."""
+
+    def __init__(self, dataset, indices):
+        super().__init__()
+        self.dataset, self.indices = dataset, indices
+
+    @property
+    def num_batches(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.dataset[self.indices[i]]
+
+
+def _as_it_is(batch):
+    return batch
+
+
+class _Read:
+    """A batch that this process has read.
+
+    Attributes:
+        skeleton: the batch, with a `_Leaf` for each array.
+        leaves: list of the arrays, as tensors of the host.
+    """
+
+    def __init__(self, batch):
+        self.leaves = []
+        # As Keras does: None is no array.
+        self.skeleton = tree.map_structure(
+            self._take, batch, none_is_leaf=False
+        )
+
+    def _take(self, x):
+        x = core.convert_to_tensor(x)
+        if x.device.type != "cpu" or x.layout is not torch.strided:
+            raise _NotSent(f"an array on {x.device}, {x.layout}")
+        self.leaves.append(x.detach())
+        return _Leaf(len(self.leaves) - 1, tuple(x.shape), x.dtype)
+
+
+class _NotSent(Exception):
+    """What one process cannot send to others."""
+
+
+def _exchange(mine, context):
+    """Sends each process its rows of what this one has read.
+
+    Collective: every process calls it.
+
+    Args:
+        mine: a `_Read`, an error, or None for no batch.
+        context: the `Context`.
+
+    Returns:
+        Tuple of what each process has read, by rank (nested `_Leaf`s, the text
+        of an error, or None), and lists of our rows of each; a pair of None
+        if some cannot be sent.
+    """
+    said = [None] * dist.get_world_size()
+    state = zlib.crc32(torch.get_rng_state().numpy())
+    dist.all_gather_object(said, (_described(mine, context), state))
+    said, states = zip(*said)
+    if len(set(states)) > 1:
+        raise ValueError(
+            "A `PyDataset` with several workers must draw random numbers of "
+            "torch's for every batch or for none, so that all processes draw "
+            "the same. It drew none for its first batch. Draw in a layer, or "
+            "from a generator of your own."
+        )
+    if any(isinstance(skeleton, _NotSent) for skeleton in said):
+        return None, None
+    ours = [_sizes(skeleton, context, context.data_index) for skeleton in said]
+    leaves = mine.leaves if isinstance(mine, _Read) else []
+    pieces, given = [], []
+    for shard in context.shards:
+        start, stop = _range(said[dist.get_rank()], context, shard)
+        parts = [
+            (leaf[start:stop] if leaf.ndim and stop else leaf)
+            .contiguous()
+            .reshape(-1)
+            .view(torch.uint8)
+            for leaf in leaves
+        ]
+        pieces += parts
+        given.append(sum(len(part) for part in parts))
+    taken = [sum(size for _, _, size in sizes) for sizes in ours]
+    sent = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+    received = torch.empty(sum(taken), dtype=torch.uint8)
+    dist.all_to_all_single(received, sent, taken, given)
+    numbers = iter(received.split([size for x in ours for _, _, size in x]))
+    return said, [
+        # Copies: of their own memory, which is aligned.
+        [
+            next(numbers).clone().view(dtype).view(shape)
+            for shape, dtype, _ in sizes
+        ]
+        for sizes in ours
+    ]
+
+
+def _described(mine, context):
+    if isinstance(mine, _NotSent):
+        return mine
+    if isinstance(mine, Exception):
+        return f"{type(mine).__name__}: {mine}"
+    if mine is None:
+        return None
+    skeleton = mine.skeleton
+    leaves = _leaves(skeleton)
+    if not leaves or (
+        context.data_size > 1
+        and any(leaf.shape[:1] != (_total(skeleton),) for leaf in leaves)
+    ):
+        # All say so where they cut it.
+        return _NotSent()
+    try:
+        pickle.dumps(skeleton)
+    except Exception:
+        # A class of the user's that others may not find.
+        return _NotSent()
+    return skeleton
+
+
+def _leaves(skeleton):
+    if skeleton is None or isinstance(skeleton, str):
+        return []
+    found = [x for x in tree.flatten(skeleton) if x is not None]
+    return sorted(found, key=lambda leaf: leaf.place)
+
+
+def _total(skeleton):
+    shape = _leaves(skeleton)[0].shape
+    return shape[0] if shape else 1
+
+
+def _range(skeleton, context, shard):
+    """Rows of a data shard; 0 and 0 for all that there is."""
+    if context.data_size == 1 or not _leaves(skeleton):
+        return 0, 0
+    total = _total(skeleton)
+    start, stop = rows.split(total, context.data_size, shard)
+    start, stop = rows.with_a_row(start, stop)
+    return start, min(stop, total)
+
+
+def _sizes(skeleton, context, shard):
+    """Shape, dtype and bytes of what a data shard is sent of each array."""
+    start, stop = _range(skeleton, context, shard)
+    found = []
+    for leaf in _leaves(skeleton):
+        shape, size = leaf.part(start, stop)
+        if not stop:
+            shape = leaf.shape
+            size = int(np.prod(shape)) * leaf.dtype.itemsize
+        found.append((shape, leaf.dtype, size))
+    return found
