@@ -32,7 +32,7 @@ def as_one_device(model):
     if not keeps:
         yield
         return
-    # The parameters that torch finds: of a `Sequential`, by the functional model
+    # The parameters that torch finds: of a `Sequential`, by the functional one
     # in it too, which is no layer of its.
     tracked = [
         (layer, layer._torch_params)
