@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.ops import activations
@@ -53,8 +54,13 @@ def look_up(layer, indices, context):
             processes (on a GPU it is a device-side assertion, as with torch's
             own embedding).
     """
-    vocabulary, width = layer._embeddings.shape
     table, table_placements = reading.operand_of(layer._embeddings, context)
+    with private.without_torch_functions():
+        return _look_up(layer, indices, table, table_placements, context)
+
+
+def _look_up(layer, indices, table, table_placements, context):
+    vocabulary, width = layer._embeddings.shape
     indices = indices.to(table.device, torch.long)
     # Keras counts negative indices from the end.
     indices = torch.where(indices < 0, indices + vocabulary, indices)
@@ -82,7 +88,7 @@ def look_up(layer, indices, context):
         if not size:
             table = torch.nn.functional.pad(table, (0, 0, 0, 1))
         vectors = torch.nn.functional.embedding(local, table)
-        vectors = vectors.masked_fill(~is_local.unsqueeze(-1), 0.0)
+        vectors = vectors.masked_fill_(~is_local.unsqueeze(-1), 0.0)
     else:
         vectors = torch.nn.functional.embedding(indices, table)
     if vectors.dtype != _compute_dtype(layer):
