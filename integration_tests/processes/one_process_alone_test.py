@@ -18,6 +18,7 @@ from integration_tests.harness import everyone
 from integration_tests.harness import parity
 from integration_tests.processes import programs
 from keras import layers
+from keras.src.backend.torch.distribution.mesh import meeting
 
 in_two = pytest.mark.world(2)
 
@@ -69,6 +70,8 @@ CALLS = {
     "evaluate": lambda model: model.evaluate(X, X, **QUIET),
     "predict": lambda model: model.predict(X, **QUIET),
     "predict_on_batch": lambda model: model.predict_on_batch(X),
+    "train_on_batch": lambda model: model.train_on_batch(X, X),
+    "test_on_batch": lambda model: model.test_on_batch(X, X),
 }
 
 
@@ -84,6 +87,43 @@ def test_what_takes_all_is_told_at_once(name, process, model):
     assert_all_are_told(outcomes, f"process {process}: in {what}", "`fit`")
     assert time.monotonic() - start < 10
     assert_in_step(model)
+
+
+READS = {
+    "norm": lambda w: keras.ops.norm(w),
+    "sum": lambda w: keras.ops.sum(w),
+    "torch's": lambda w: w.value.mean(),
+}
+
+
+@in_two
+@pytest.mark.parametrize("name", READS)
+def test_a_number_of_a_weight(name, model):
+    """What all have, one may ask for; what is cut is told at once."""
+    kernel = model.trainable_variables[0]
+    start = time.monotonic()
+    outcomes = alone_and_then(lambda: READS[name](kernel), lambda: fit(model))
+    if model.is_cut:
+        assert_all_are_told(outcomes, "0: weights that are read", "`fit`")
+    else:
+        assert outcomes == ["done"] * 2
+    assert time.monotonic() - start < 10
+    assert_in_step(model)
+
+
+@in_two
+def test_steps_meet_once(model, monkeypatch):
+    """A loop of a program's own waits for nothing."""
+    met = []
+    meet = meeting.meet
+    monkeypatch.setattr(
+        meeting, "meet", lambda *args, **k: met.append(args) or meet(*args, **k)
+    )
+    for _ in range(3):
+        model.train_on_batch(X, X)
+        model.test_on_batch(X, X)
+        float(keras.ops.norm(model.trainable_variables[0]))
+    assert [place for place, *_ in met] == ["in `train_on_batch`"]
 
 
 @in_two

@@ -73,10 +73,14 @@ class TorchTrainer(upstream.TorchTrainer):
 
     def train_on_batch(self, *args, **kwargs):
         with own_distribution(self):
+            if current() is not None:
+                together.begin("in `train_on_batch`")
             return super().train_on_batch(*args, **kwargs)
 
     def test_on_batch(self, *args, **kwargs):
         with own_distribution(self):
+            if current() is not None:
+                together.begin("in `test_on_batch`")
             return super().test_on_batch(*args, **kwargs)
 
     def predict_on_batch(self, *args, **kwargs):

@@ -30,11 +30,14 @@ class _State:
         lost: the error after which nobody can meet in it any more.
         left: the `_Round` that this process has left without the others, who
             come to it some time later.
+        count, asked: how often all have met at one place, and had when
+            `have_met_since` was asked.
     """
 
     def __init__(self):
         self.of = lambda: None
         self.name = self.lost = self.left = None
+        self.count, self.asked = 0, -1
 
 
 _state = _State()
@@ -119,6 +122,16 @@ def meet(place, flag=False, failed=False, depth=0, digest=0, alone=False):
             return met
 
 
+def have_met_since():
+    """Whether all have met since this was asked the last time.
+
+    The same on all processes of a program in which all do the same. What is
+    called again and again meets only then: it takes a step's time for nothing.
+    """
+    asked, _state.asked = _state.asked, _state.count
+    return asked != _state.count
+
+
 def _keep_for_ever(group):
     """Lets a process end that has given up: as a group of gloo's ends, it waits
     for what is under way in it, half an hour."""
@@ -165,6 +178,7 @@ class _Round:
             ) from error
         flag, failed, depth, first, last, most, least = self.numbers.tolist()
         if failed or first == -last:
+            _state.count += 1
             is_same = most == -least
             return Met(bool(flag), bool(failed), int(-depth), is_same)
         places = [None] * dist.get_world_size()

@@ -90,6 +90,20 @@ def go_on(what=None):
         _ask_all(False, what or "")
 
 
+def begin(what):
+    """To be called before what communicates and is called again and again: the
+    first of those calls tells at once where a process is alone in it.
+
+    Collective: every process calls it.
+
+    Args:
+        what: string, what is done.
+    """
+    if meeting.have_met_since():
+        go_on(what)
+        meeting.have_met_since()
+
+
 def any_process(flag, by_writer=False):
     """Whether the flag is set on any process.
 

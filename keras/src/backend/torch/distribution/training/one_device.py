@@ -32,8 +32,8 @@ def as_one_device(model):
     if not keeps:
         yield
         return
-    # The parameters that torch finds: of a `Sequential`, by the functional one
-    # in it too, which is no layer of its.
+    # The parameters that torch finds: of a `Sequential` by the functional
+    # model in it too, which is no layer of its.
     tracked = [
         (layer, layer._torch_params)
         for layer in {*model._flatten_layers(), *model.modules()}

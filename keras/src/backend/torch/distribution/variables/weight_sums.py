@@ -5,11 +5,14 @@ Collective, all of them: every process of the weight's mesh calls it.
 
 import contextlib
 import inspect
+import threading
 
 import torch
 import torch.distributed as dist
 
 from keras.src.backend.torch.distribution.mesh import cuts
+from keras.src.backend.torch.distribution.mesh import together
+from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
@@ -204,6 +207,26 @@ def _is_of_all(x, dim, keepdim):
     return len({d % x.ndim for d in dims}) == x.ndim
 
 
+def _meet(layout):
+    """Tells at once where a process asks alone, behind `if process_id() == 0:`,
+    for what all have parts of.
+
+    Within a layer, an update and backward all do the same; of what one data
+    shard has whole, it may ask alone.
+    """
+    if (
+        not modes.calls
+        and not modes.updates
+        and threading.current_thread() is threading.main_thread()
+        and layout.mesh.size() == dist.get_world_size()
+        and all(
+            cuts.is_cut(placement) or layout.mesh.size(axis) == 1
+            for axis, placement in enumerate(layout.placements)
+        )
+    ):
+        together.begin("weights that are read")
+
+
 def _reduction(function):
     signature = inspect.signature(function)
 
@@ -219,6 +242,7 @@ def _reduction(function):
         others = (*args[1:], *kwargs.values())
         if not sharded.is_weight(x) or list(weight_entries.tensors_of(others)):
             return NotImplemented
+        _meet(x.sharding)
         with contextlib.nullcontext() if tracks else torch.no_grad():
             return function(*args, **kwargs)
 
