@@ -32,6 +32,7 @@ With `create_graph=True` reduced gradients can be differentiated again (see
 `buckets.Reduce`).
 """
 
+import bisect
 import collections
 import contextlib
 import functools
@@ -55,13 +56,16 @@ HISTORY = 16
 # Of the flags of a pass: so much that one process may have made more variables
 # than another, which train alike all the same.
 FLAGS = 256
+# After so many passes, processes tell which parameters still live.
+PASSES = 64
 
 
 class Reducer:
     """Reduces the gradients of the parameters of one distribution.
 
     Parameters are known by a number, given in the order of their creation, so
-    that it is the same on all processes whatever each of them has freed.
+    that it is the same on all processes whatever each of them has freed. Those
+    that none of them has any more are forgotten, by all in the same pass.
 
     Collective, in the backward pass: every process of the data axis runs as
     many backward passes that reach a registered parameter; one that runs more
@@ -77,12 +81,15 @@ class Reducer:
         self._registered = 0
         self._parameters = weakref.WeakValueDictionary()
         # What a gradient of each is like, known after it has been freed too.
-        self._likes = []
-        self._hooks = []  # How many of each are none of the program's own.
+        self._likes = {}
+        self._hooks = {}  # How many of each are none of the program's own.
         # Whether user code runs in a step, the same on all processes.
         self.is_in_step = False
-        self._names = []
-        # A number of 1 to 255 of each's name and shape.
+        self._names = {}
+        # Which numbers below `_first` are not forgotten. They come first in
+        # flags, and all from `_first` on come next.
+        self._kept, self._first, self._passes = [], 0, 0
+        # A number of 1 to 255 of each's name and shape, as in flags.
         self._marks = bytearray()
         self._history = collections.deque(maxlen=HISTORY)
         self._plans = {}
@@ -105,11 +112,11 @@ class Reducer:
         self._registered += 1
         self._parameters[number] = parameter
         setattr(parameter, marks.REDUCED, True)
-        self._names.append(name)
+        self._names[number] = name
         local = parameter.detach()
         if isinstance(parameter, DTensor):
             local = sharded.local_of(parameter)
-        self._likes.append((_like(local.shape, local.dtype), local.device))
+        self._likes[number] = _like(local.shape, local.dtype), local.device
         self._marks.append(0)
         self.call(number, name)
         reference = weakref.ref(parameter)
@@ -120,7 +127,7 @@ class Reducer:
         parameter.register_hook(
             untraced(lambda grad: self._before(number, reference(), grad))
         )
-        self._hooks.append(len(parameter._backward_hooks))
+        self._hooks[number] = len(parameter._backward_hooks)
         parameter.register_post_accumulate_grad_hook(
             untraced(lambda parameter: self._after(number, parameter))
         )
@@ -130,7 +137,8 @@ class Reducer:
         """Gives a parameter the name that it has on all processes."""
         like, _ = self._likes[number]
         described = f"{name} {tuple(like.shape)} {like.dtype}"
-        self._marks[number] = 1 + zlib.crc32(described.encode()) % 255
+        (column,) = self._columns([number])
+        self._marks[column] = 1 + zlib.crc32(described.encode()) % 255
 
     @contextlib.contextmanager
     def accumulating(self, owed, defers):
@@ -250,32 +258,87 @@ class Reducer:
             RuntimeError: if the parameters of these numbers are not the same
                 everywhere.
         """
-        capacity = max(FLAGS, 1 << (self._registered - 1).bit_length())
-        flags = torch.zeros((5, capacity), dtype=torch.uint8)
-        flags[0, list(reached)] = 1
+        self._passes += 1
+        asks = self._passes % PASSES == 0
+        count = len(self._marks)
+        capacity = max(FLAGS, 1 << (count - 1).bit_length())
+        flags = torch.zeros((5 + asks, capacity), dtype=torch.uint8)
+        flags[0, self._columns(reached)] = 1
         flags[1] = 1 - flags[0]
-        flags[2, list(captured)] = 1
-        flags[2, list(replaced)] = 2
-        flags[3, : self._registered] = torch.frombuffer(
-            self._marks, dtype=torch.uint8
-        )
+        flags[2, self._columns(captured)] = 1
+        flags[2, self._columns(replaced)] = 2
+        flags[3, :count] = torch.frombuffer(self._marks, dtype=torch.uint8)
         # The largest of these tells the smallest mark; 0 is none.
         flags[4] = 255 - flags[3]
+        if asks:
+            flags[5, self._columns(self._parameters)] = 1
         dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.context.data_group)
-        anywhere, missed, returned, largest, smallest = flags
-        self._check_same(_numbers(anywhere & (largest != 255 - smallest)))
-        error, reached = None, _numbers(anywhere)
+        anywhere, missed, returned, largest, smallest, *lives = flags
+        self._check_same(self._numbers(anywhere & (largest != 255 - smallest)))
+        error = None
         if returned.any():
             error = self._error(returned, missed & anywhere)
+        reached = self._numbers(anywhere)
         if len(self._agreed) > HISTORY:
             self._agreed.clear()
         self._agreed.add(reached)
+        if asks:
+            self._forget(lives[0] | anywhere, int((smallest < 255).sum()))
         return reached, error
+
+    def _columns(self, numbers):
+        """Where in flags parameters are."""
+        if not self._first:
+            return list(numbers)
+        offset = len(self._kept) - self._first
+        return [
+            n + offset
+            if n >= self._first
+            else bisect.bisect_left(self._kept, n)
+            for n in numbers
+        ]
+
+    def _numbers(self, flags):
+        """The numbers of the parameters whose flags are set."""
+        kept, columns = self._kept, flags.nonzero().flatten().tolist()
+        if not self._first:
+            return tuple(columns)
+        offset = self._first - len(kept)
+        return tuple(kept[i] if i < len(kept) else i + offset for i in columns)
+
+    def _forget(self, lives, count):
+        """Forgets the parameters that no process has any more, of those that
+        all have made.
+
+        Args:
+            lives: flags.
+            count: int, so many flags are of parameters that all have made.
+        """
+        columns = lives[:count].nonzero().flatten().tolist()
+        kept = list(self._numbers(lives[:count]))
+        first = self._first + count - len(self._kept)
+        forgotten = {n for n in self._names if n < first}.difference(kept)
+        if not forgotten:
+            return
+        marks_left = [self._marks[i] for i in columns]
+        self._marks = bytearray(marks_left) + self._marks[count:]
+        self._kept, self._first = kept, first
+        for by_number in (self._likes, self._hooks, self._names, self.shares):
+            for number in forgotten.intersection(by_number):
+                del by_number[number]
+        self._plans.clear()
+        # What is predicted from them goes on being the same on all.
+        history = [
+            tuple(n for n in reached if n not in forgotten)
+            for reached in self._history
+        ]
+        self._history.clear()
+        self._history.extend(history)
 
     def _check_same(self, different):
         if not different:
             return
-        names = [self._names[n] for n in different if n < self._registered]
+        names = [self._names[n] for n in different if n in self._names]
         raise RuntimeError(
             "The processes have made different variables, or in another "
             "order, so that their gradients do not belong together. Make the "
@@ -285,7 +348,7 @@ class Reducer:
         )
 
     def _error(self, returned, missed):
-        names = [self._names[n] for n in _numbers(missed & (returned > 0))]
+        names = [self._names[n] for n in self._numbers(missed & (returned > 0))]
         if names:
             return RuntimeError(
                 "`torch.autograd.grad` was asked for gradients that only some "
@@ -294,7 +357,7 @@ class Reducer:
                 "ops.sum(variable)`), or use `loss.backward()` and "
                 f"`variable.value.grad`. Received: {names}"
             )
-        names = [self._names[n] for n in _numbers(returned == 2)]
+        names = [self._names[n] for n in self._numbers(returned == 2)]
         if names:
             return RuntimeError(
                 "A hook on a variable replaced the gradient that "
@@ -319,10 +382,6 @@ def _like(shape, dtype):
 
 def _no_pass():
     return None
-
-
-def _numbers(flags):
-    return tuple(flags.nonzero().flatten().tolist())
 
 
 def to_plain(grad):

@@ -128,6 +128,42 @@ def test_parameters_are_freed_with_their_owners():
     assert references[1]() is not None
 
 
+def test_what_no_process_has_any_more_is_forgotten(on_threads, monkeypatch):
+    """Whenever each of them freed it; the others are reduced as before."""
+    monkeypatch.setattr(gradients, "PASSES", 4)
+    monkeypatch.setattr(gradients, "FLAGS", 8)
+
+    def run(rank):
+        reducer = make_reducer()
+        owners = registered(reducer, *[(2, torch.float32)] * 3)
+        # One is freed on the first process alone, until later.
+        late = registered(reducer, (2, torch.float32))
+        if not rank:
+            late.clear()
+        said, sizes = [], []
+        for i in range(40):
+            short = registered(reducer, *[(3, torch.float32)] * 5)
+            used = owners[i % 2 :: 2] + short[:1]
+            for owner in owners:
+                owner.value.grad = None
+            sum((rank + 1) * o.value.sum() for o in used).backward()
+            said.append([Model.value(o.value.grad) for o in (*owners, *used)])
+            sizes.append(len(reducer._marks))
+            if i == 20:
+                late.clear()
+            assert len(reducer._likes) == len(reducer._names) == sizes[-1]
+        return said, sizes, sorted(reducer._kept)
+
+    (said, sizes, kept), other = on_threads(2, run)
+    assert (said, sizes, kept) == other
+    even, odd = [1.5, None, 1.5], [None, 1.5, None]
+    assert said == [
+        [*even, 1.5, 1.5, 1.5] if i % 2 == 0 else [*odd, 1.5, 1.5]
+        for i in range(40)
+    ]
+    assert max(sizes) < 50 and kept[:4] == [0, 1, 2, kept[3]] and kept[3] > 100
+
+
 class Model:
     """Three parameters of a data shard, and a step of one device."""
 
