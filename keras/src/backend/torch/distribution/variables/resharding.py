@@ -11,7 +11,9 @@ are reduced by one: see `Reads`.
 """
 
 import contextlib
+import functools
 import re
+import threading
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -157,28 +159,53 @@ def saving_no_weights():
     if private.saved_tensors_hooks() is not None:
         yield
         return
-    released = torch.autograd.graph.disable_saved_tensors_hooks
+    with _TRANSFORMS, HOOKS:
+        yield
 
-    @contextlib.contextmanager
-    def disable_saved_tensors_hooks(message):
-        was_on = _is_on()
-        if was_on:
-            HOOKS.__exit__()
-        try:
-            with released(message):
-                yield
-        finally:
-            if was_on:
-                HOOKS.__enter__()
 
-    torch.autograd.graph.disable_saved_tensors_hooks = (
-        disable_saved_tensors_hooks
-    )
+class _Transforms:
+    """Within it, what transforms functions turns the hooks off meanwhile.
+
+    Threads share torch's function, so it is put back by the last of them.
+    """
+
+    def __init__(self):
+        self._lock, self._inside, self._released = threading.Lock(), 0, None
+
+    def __enter__(self):
+        graph = torch.autograd.graph
+        with self._lock:
+            if not self._inside:
+                self._released = graph.disable_saved_tensors_hooks
+                graph.disable_saved_tensors_hooks = functools.partial(
+                    _without_hooks, self._released
+                )
+            self._inside += 1
+
+    def __exit__(self, *error):
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.autograd.graph.disable_saved_tensors_hooks = (
+                    self._released
+                )
+
+
+@contextlib.contextmanager
+def _without_hooks(released, message):
+    # Of this thread: others have theirs.
+    was_on = _is_on()
+    if was_on:
+        HOOKS.__exit__()
     try:
-        with HOOKS:
+        with released(message):
             yield
     finally:
-        torch.autograd.graph.disable_saved_tensors_hooks = released
+        if was_on:
+            HOOKS.__enter__()
+
+
+_TRANSFORMS = _Transforms()
 
 
 class Reads:
