@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from torch.distributed.tensor import DTensor
 
 import keras
 from integration_tests.harness import everyone
@@ -22,7 +23,7 @@ from keras.src.saving import saving_lib
 pytestmark = [pytest.mark.world(2), pytest.mark.limit(60)]
 
 WIDTH = 64
-LAYOUTS = {"up/kernel": (None, "model"), "down/kernel": ("model", None)}
+LAYOUTS = {".*up/kernel": (None, "model"), ".*down/kernel": ("model", None)}
 
 
 class WithAssets(layers.Layer):
@@ -56,6 +57,8 @@ def model(request):
                 layers.Dense(WIDTH, name="down"),
             ]
         )
+        is_cut = [isinstance(v._value, DTensor) for v in model.variables]
+        assert sum(is_cut) == (2 if request.param == "model" else 0)
         model.compile("adam", "mse")
         fit(model)
         yield model
