@@ -33,7 +33,7 @@ def main():
     arguments = options.batches, options.seconds, options.rounds
     report.print_head("data", "processes", "who reads", "seconds of an epoch")
     for processes in (1, options.processes):
-        for found in launch(worker, arguments, processes):
+        for found in launch(worker, arguments, processes, patience=900):
             for (data, who), seconds in found.items():
                 report.print_row(
                     data, processes, who, f"{statistics.median(seconds):.2f}"
@@ -84,7 +84,6 @@ def worker(rank, report, batches, seconds, rounds):
     found = {}
     for _ in range(rounds + 1):
         for key, make, is_shared in (
-            (("PyDataset, 1 worker", "all"), lambda: Batches(), False),
             (("PyDataset, 2 workers", "all"), lambda: Batches(2), False),
             (("PyDataset, 2 workers", "one"), lambda: Batches(2), True),
             (("DataLoader", "each its rows"), loader, True),

@@ -98,23 +98,24 @@ def test_some_steps_of_an_epoch(world_size):
     check(Weighed, world_size, shuffle=False, steps_per_epoch=4)
 
 
-def test_batches_that_are_drawn(world_size):
-    check(Draws, world_size, shuffle=False)
-
-
 def check(make_dataset, world_size, **kwargs):
-    def alone():
-        # Threads of one device would draw in any order.
-        return make_dataset(workers=1)
-
+    # One device's workers too: of what they have read as the model is built,
+    # Keras gives the rest in the first epoch.
+    run = program(make_dataset, **kwargs)
     for distribution in distributions(world_size):
         parity.assert_equal_on_all(
             make_dataset.__name__,
-            parity.run(
-                program(make_dataset, **kwargs), make_model, distribution
-            ),
-            parity.run(program(alone, **kwargs), make_model),
+            parity.run(run, make_model, distribution),
+            parity.run(run, make_model),
         )
+
+
+def test_batches_that_are_drawn():
+    """In one order on all processes; one device's threads draw in any."""
+    with keras.distribution.DataParallel().scope():
+        said, predicted, drawn = program(Draws, shuffle=False)(make_model())
+    everything = everyone.gather(repr((said, predicted.tolist(), drawn)))
+    assert len(set(everything)) == 1
 
 
 def test_each_batch_is_read_once(world_size):
@@ -131,13 +132,15 @@ def test_each_batch_is_read_once(world_size):
 
 
 @pytest.mark.parametrize("workers", [2, 1])
-def test_an_error_is_raised_where_one_device_raises_it(workers, rank):
+def test_what_one_cannot_read_all_raise(workers, rank):
     with keras.distribution.DataParallel().scope():
         model = make_model()
         dataset = Fails(workers=workers)
         with pytest.raises((OSError, RuntimeError)) as error:
             model.fit(dataset, shuffle=False, verbose=0)
-        assert int(model.optimizer.iterations.value) == 4
+        steps = int(model.optimizer.iterations.value)
+        # With workers, those that were read ahead come first.
+        assert steps == 4 if workers == 1 else steps < 4
         # All can go on.
         model.fit(Batches(workers=workers), verbose=0)
     said = everyone.gather(f"{error.type.__name__}: {error.value}")

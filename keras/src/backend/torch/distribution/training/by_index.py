@@ -14,11 +14,11 @@ data, and whether reading draws on the random generators that all processes must
 draw on alike; where it does, all read all, one after the other.
 """
 
-import contextlib
+import collections
 import dataclasses
+import itertools
 import logging
 import pickle
-import random
 import zlib
 
 import numpy as np
@@ -30,6 +30,7 @@ from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.training import random_states
 from keras.src.backend.torch.distribution.training import whole_batches
+from keras.src.trainers.data_adapters import py_dataset_adapter
 from keras.src.trainers.data_adapters.py_dataset_adapter import OrderedEnqueuer
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDataset
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
@@ -87,17 +88,23 @@ class Reading(torch.utils.data.IterableDataset):
     iterates over it.
 
     Args:
-        adapter: a `PyDatasetAdapter`. Its enqueuer is taken from it.
+        adapter: a `PyDatasetAdapter`, whose enqueuer gives indices from now on.
         context: the `Context`.
-
-    Attributes:
-        is_over: whether all read all batches from now on.
     """
 
     def __init__(self, adapter, context):
         self.adapter, self.context = adapter, context
-        self.enqueuer, adapter.enqueuer = adapter.enqueuer, None
-        self.is_over = False
+        self.enqueuer = adapter.enqueuer  # of the batches
+        dataset = adapter.py_dataset
+        # In the order in which one device's enqueuer gives them, which keeps
+        # what it has read ahead for the next epoch.
+        adapter.enqueuer = OrderedEnqueuer(
+            _Indices(dataset),
+            max_queue_size=dataset.max_queue_size,
+            shuffle=adapter.shuffle,
+        )
+        self._back = collections.deque()  # indices, read and not given
+        self._is_over = False  # whether all read all batches
 
     def loader(self):
         """A loader, which draws a seed as one device's does."""
@@ -106,76 +113,96 @@ class Reading(torch.utils.data.IterableDataset):
         )
 
     def __iter__(self):
-        indices = list(range(self.adapter.num_batches))
-        if self.adapter.shuffle:
-            random.shuffle(indices)
-        if not indices:
-            return
-        before = random_states.mark()
-        first = self._whole(indices[0])
-        draws = random_states.mark() != before
-        # All are to find the same.
-        first.facts["batch, whether reading it draws"] = draws
-        yield first
-        if draws:
-            # Threads would draw in another order on each process.
-            self._end("it draws random numbers")
-            yield from map(self._whole, indices[1:])
-            return
-        with self._own(indices[1:]) as own:
-            yield from self._rounds(indices[1:], own)
+        indices = self._indices()
+        if not self._is_over:
+            index = next(indices, None)
+            if index is None:
+                return
+            before = random_states.mark()
+            first = self._whole(index)
+            draws = random_states.mark() != before
+            # All are to find the same.
+            first.facts["batch, whether reading it draws"] = draws
+            yield first
+            if draws:
+                # Threads would draw in another order on each process.
+                self._end("it draws random numbers")
+            else:
+                yield from self._rounds(indices)
+        yield from map(self._whole, indices)
+
+    def _indices(self):
+        """The indices of an epoch, in order."""
+        enqueuer, number = self.adapter.enqueuer, self.adapter.num_batches
+        enqueuer.start()
+        given = enqueuer.get()
+        for _ in range(number):
+            yield self._back.popleft() if self._back else next(given)[0]
+        enqueuer.stop()
 
     def _whole(self, index):
         data = self.adapter._standardize_batch(self.adapter.py_dataset[index])
         return whole_batches.cut_and_moved(data, self.context)
 
     def _end(self, reason):
-        """From now on all read all."""
-        self.is_over = True
+        """From now on all read all, one after the other."""
+        self._is_over = True
         logger.info(
             "Every process reads all batches of %s: %s.",
             type(self.adapter.py_dataset).__name__,
             reason,
         )
 
-    @contextlib.contextmanager
-    def _own(self, indices):
-        """An iterator over the batches that this process reads."""
-        dataset = self.adapter.py_dataset
-        mine = indices[dist.get_rank() :: dist.get_world_size()]
-        if not mine:
-            yield iter(())
+    def _rounds(self, indices):
+        """Rounds in which each worker of each process reads a batch."""
+        world, rank = dist.get_world_size(), dist.get_rank()
+        workers = self.adapter.py_dataset.workers
+        now = list(itertools.islice(indices, world * workers))
+        if not now:
             return
-        enqueuer = OrderedEnqueuer(
-            _Some(dataset, mine),
-            workers=dataset.workers,
-            use_multiprocessing=dataset.use_multiprocessing,
-            max_queue_size=dataset.max_queue_size,
-        )
-        enqueuer.start()
+        self.enqueuer._send_py_dataset()
+        pool = self.enqueuer.executor_fn(py_dataset_adapter._SHARED_SEQUENCES)
         try:
-            yield enqueuer.get()
+            coming = self._begin(pool, now[rank::world])
+            while now:
+                reads = [self._read(each) for each in coming]
+                following = list(itertools.islice(indices, world * workers))
+                # They are read while this round's are computed on.
+                coming = self._begin(pool, following[rank::world])
+                for place in range(0, len(now), world):
+                    mine = reads[place // world : place // world + 1]
+                    part = now[place : place + world]
+                    mine = mine[0] if mine else None
+                    said, received = _exchange(mine, part, self.context)
+                    if said is None:
+                        self._end("one is not made of arrays alone")
+                        yield from map(self._whole, now[place:])
+                        yield from map(self._whole, following)
+                        return
+                    for reader, index in enumerate(part):
+                        batch = self._batch(index, reader, mine, said, received)
+                        now[place + reader] = None
+                        yield batch
+                now, following = following, []
+        except GeneratorExit:
+            left = [i for i in (*now, *following) if i is not None]
+            self._back.extendleft(reversed(left))
+            raise
         finally:
-            enqueuer.stop()
+            pool.terminate()
+            py_dataset_adapter._SHARED_SEQUENCES[self.enqueuer.uid] = None
 
-    def _rounds(self, indices, own):
-        world = dist.get_world_size()
-        for start in range(0, len(indices), world):
-            now = indices[start : start + world]
-            mine = self._read(own) if dist.get_rank() < len(now) else None
-            said, received = _exchange(mine, self.context)
-            if said is None:
-                self._end("one is not made of arrays alone")
-                self.adapter.enqueuer = self.enqueuer
-                yield from map(self._whole, indices[start:])
-                return
-            for reader, index in enumerate(now):
-                yield self._batch(index, reader, mine, said, received)
+    def _begin(self, pool, indices):
+        uid = self.enqueuer.uid
+        return [
+            pool.apply_async(py_dataset_adapter.get_index, (uid, index))
+            for index in indices
+        ]
 
-    def _read(self, own):
-        """The next batch that this process reads, or an `Exception`."""
+    def _read(self, coming):
+        """A batch that this process reads, or an `Exception`."""
         try:
-            batch = self.adapter._standardize_batch(next(own))
+            batch = self.adapter._standardize_batch(coming.get())
             with core.device_scope("cpu"):
                 return _Read(batch)
         except Exception as error:
@@ -205,19 +232,19 @@ class Reading(torch.utils.data.IterableDataset):
         )
 
 
-class _Some(PyDataset):
-    """Some batches of a dataset."""
+class _Indices(PyDataset):
+    """The indices of a dataset, in place of its batches."""
 
-    def __init__(self, dataset, indices):
+    def __init__(self, dataset):
         super().__init__()
-        self.dataset, self.indices = dataset, indices
+        self.dataset = dataset
 
     @property
     def num_batches(self):
-        return len(self.indices)
+        return self.dataset.num_batches
 
-    def __getitem__(self, i):
-        return self.dataset[self.indices[i]]
+    def __getitem__(self, index):
+        return (index,)
 
 
 def _as_it_is(batch):
@@ -251,13 +278,14 @@ class _NotSent(Exception):
     """What one process cannot send to others."""
 
 
-def _exchange(mine, context):
+def _exchange(mine, indices, context):
     """Sends each process its rows of what this one has read.
 
     Collective: every process calls it.
 
     Args:
         mine: a `_Read`, an error, or None for no batch.
+        indices: list, of what all processes have read.
         context: the `Context`.
 
     Returns:
@@ -267,8 +295,13 @@ def _exchange(mine, context):
     """
     said = [None] * dist.get_world_size()
     state = zlib.crc32(torch.get_rng_state().numpy())
-    dist.all_gather_object(said, (_described(mine, context), state))
-    said, states = zip(*said)
+    dist.all_gather_object(said, (_described(mine, context), state, indices))
+    said, states, orders = zip(*said)
+    if any(order != indices for order in orders):
+        raise ValueError(
+            "Every process must read the same batches of a `PyDataset`, in one "
+            f"order. Received, from process 0 on: {orders[:8]}"
+        )
     if len(set(states)) > 1:
         raise ValueError(
             "A `PyDataset` with several workers must draw random numbers of "

@@ -43,7 +43,7 @@ class ShardedDataAdapter(DataAdapter):
 
         Collective with every batch, but for arrays: every process reads it.
         """
-        if self._reading is not None and not self._reading.is_over:
+        if self._reading is not None:
             return self._together(iter(self._reading.loader()))
         loader = self.adapter.get_torch_dataloader()
         if isinstance(self.adapter, ArrayDataAdapter):
