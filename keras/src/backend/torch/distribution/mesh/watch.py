@@ -40,6 +40,11 @@ KEY = "keras_watch/{}"
 # store, the first, leaves; and how many of the others ask it nothing any more.
 COUNT = "keras_watch/said"
 LEAVES, LEFT = "keras_watch/leaves", "keras_watch/left"
+# Which of the processes that wait reads what all do, and what it has found: of
+# thousands that wait, thousands would ask the store for what thousands said.
+READER, VERDICT = "keras_watch/reader", "keras_watch/verdict"
+# So many looks without a sign of the reader until another takes its place.
+ABSENT = 3
 
 # What programs call that communicates.
 CALLS = frozenset(
@@ -173,6 +178,9 @@ class Watch:
         # Where the main thread waits for all processes to come, or None; what
         # they all did when they were asked; and why they never will.
         self.place, self._stand, self.verdict = None, None, None
+        # How often the main thread has waited for all to come; what the reader
+        # has said of itself, and for how many looks it has been the same.
+        self.meetings, self._heard, self._silent = 0, "", 0
         self._over = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="keras-watch", daemon=True
@@ -244,16 +252,45 @@ class Watch:
             "waits": is_still and place.communicates,
             "still": still,
             "meets": self.place,
+            "meetings": self.meetings,
         }
         self.store.set(KEY.format(self.rank), json.dumps(said))
-        if self.place is None or still < self.patience / 2:
-            self._stand = None
-        else:
+        waits_long = still >= self.patience / 2
+        reads = waits_long and self._is_reader()
+        if waits_long and self.place is not None:
+            self._hear_verdict()
+        if reads:
             self._judge(now)
+        else:
+            self._stand = None
         if not said["waits"]:
             self._count, self._asked = self.store.add(COUNT, 0), None
+        elif not reads:
+            self._asked = None
         elif self._count is not None:
             self._ask(now)
+
+    def _is_reader(self):
+        """Whether this process reads what all do, for all that wait."""
+        heard = ""
+        if self.store.check([READER]):
+            heard = self.store.get(READER).decode()
+        is_mine = heard.partition(" ")[0] == str(self.rank)
+        self._silent = 0 if heard != self._heard else self._silent + 1
+        self._heard = heard
+        if heard and not is_mine and self._silent < ABSENT:
+            return False
+        mine = f"{self.rank} {self._looks}"
+        self._heard = self.store.compare_set(READER, heard, mine).decode()
+        return self._heard == mine
+
+    def _hear_verdict(self):
+        """Takes what a reader has found, if this process waits as it did."""
+        if not self.store.check([VERDICT]):
+            return
+        verdict = json.loads(self.store.get(VERDICT))
+        if verdict["meetings"][self.rank] == self.meetings:
+            self.verdict = verdict["text"]
 
     def _judge(self, now):
         """Finds out whether all processes wait, some of them where nobody
@@ -275,11 +312,17 @@ class Watch:
             )
             and all(a["still"] >= self.patience / 2 for a in said)
             and any(a["meets"] is None for a in said)
+            and any(a["meets"] is not None for a in said)
         ):
+            meetings = [a["meetings"] for a in said]
             said = [{**a, "waits": True} for a in said]
-            self.verdict = describe(
+            text = describe(
                 dict(enumerate(said)), self.world, self.patience / 2
             )
+            verdict = {"text": text, "meetings": meetings}
+            self.store.set(VERDICT, json.dumps(verdict))
+            if self.place is not None:
+                self._hear_verdict()
 
     def _ask(self, now):
         """Says, some looks later, what all do; unless another has, in this
@@ -330,6 +373,7 @@ def wait(work, place):
         work.wait()
         return
     watch.place, watch.verdict = place, None
+    watch.meetings += 1
     try:
         while True:
             try:
