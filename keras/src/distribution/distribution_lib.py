@@ -54,6 +54,61 @@ class LayoutMap(upstream.LayoutMap):
         # Keys by the paths that were asked for, and those that were warned of.
         self._keys, self._warned = {}, set()
 
+    @classmethod
+    def auto(
+        cls,
+        model,
+        mesh,
+        batch_size=None,
+        budget=None,
+        x=None,
+        batch_dim_name=None,
+    ):
+        """A layout map that is found for a model: no key has to be written.
+
+        The model is called once, on tensors without memory; nothing is
+        communicated. What can be cut is told by its code: column and row in
+        turn, heads as a unit, and so on. To print the result's `code` gives a
+        program to paste, its `explanation` what was decided. Whatever it is,
+        a model trains to the same numbers.
+
+        ```python
+        layout_map = keras.distribution.LayoutMap.auto(make_model, mesh, 64)
+        print(layout_map.code)
+        keras.distribution.set_distribution(
+            keras.distribution.ModelParallel(layout_map=layout_map)
+        )
+        model = make_model()
+        ```
+
+        Args:
+            model: a function without arguments that makes a model; or a built
+                model.
+            mesh: `DeviceMesh`. Weights are cut over the largest axis that does
+                not split batches.
+            batch_size: int, rows of a global batch.
+            budget: int, bytes that a process may hold of weights, gradients
+                and slots. While it holds more, the largest weights are cut by
+                the data axis too (FSDP).
+            x: a global batch, where its shape is not known from the model.
+            batch_dim_name: name of the axis that splits batches, or a tuple.
+                Defaults to the first of the mesh.
+
+        Returns:
+            A `LayoutMap`, with two strings beside: `code` and `explanation`.
+        """
+        from keras.src.distribution import auto_layout
+
+        keys, explanation = auto_layout.find(
+            model, mesh, batch_size, budget, x, batch_dim_name
+        )
+        layout_map = cls(mesh)
+        for key, axes in keys.items():
+            layout_map[key] = axes
+        layout_map.code = auto_layout.code_of(keys)
+        layout_map.explanation = explanation
+        return layout_map
+
     def __setitem__(self, key, layout):
         if not isinstance(key, str):
             raise TypeError(

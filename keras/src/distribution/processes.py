@@ -156,6 +156,14 @@ def dry_runs():
 
 
 @_of_backend
+def flows():
+    """The module that tells where the cuts of weights go in a model."""
+    raise NotImplementedError(
+        "`LayoutMap.auto` is there for the torch backend. Set layouts by hand."
+    )
+
+
+@_of_backend
 def stored_shape(variable):
     """The shape of what this process stores of a variable: a tuple."""
     return tuple(variable.shape)

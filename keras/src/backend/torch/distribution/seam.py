@@ -34,6 +34,7 @@ __all__ = [
     "call_metric",
     "distribution_of",
     "dry_runs",
+    "flows",
     "gather_rows",
     "in_pieces",
     "is_distributed",
@@ -84,6 +85,12 @@ def dry_runs():
     from keras.src.backend.torch.distribution.report import dry_run
 
     return dry_run
+
+
+def flows():
+    from keras.src.backend.torch.distribution.report import flow
+
+    return flow
 
 
 def stored_shape(variable):

@@ -58,12 +58,12 @@ def of(model, distribution, batch_size=None, x=None, y=None):
         stack.enter_context(warnings.catch_warnings())
         # The report says it too.
         warnings.filterwarnings("ignore", "The key '")
-        made = model() if _is_function(model) else _clone(model)
+        made = model() if is_function(model) else _clone(model)
         is_compiled = made.compiled
         if not is_compiled:
             made.compile("adam", "mse")
         if x is None:
-            x = _inputs(made, batch_size)
+            x = inputs_of(made, batch_size)
         if y is None:
             y = _targets(made, x)
         recorder = stack.enter_context(Recorder())
@@ -110,8 +110,8 @@ def own_session():
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     own = global_state.GLOBAL_STATE_TRACKER = threading.local()
     for name, value in vars(tracker).items():
-        is_dict = isinstance(value, dict)
-        setattr(own, name, copy.copy(value) if is_dict else value)
+        is_own = isinstance(value, (dict, list))
+        setattr(own, name, copy.copy(value) if is_own else value)
     own.distribution = own._torch_set = own.global_seed_generator = None
     try:
         yield
@@ -144,7 +144,7 @@ def _anew(distribution, size):
     return new
 
 
-def _is_function(model):
+def is_function(model):
     return callable(model) and not isinstance(model, Layer)
 
 
@@ -185,7 +185,7 @@ def _new(x):
     return x
 
 
-def _inputs(model, rows):
+def inputs_of(model, rows):
     """A batch of ones."""
     spec = getattr(model, "_inputs_struct", None)
     if spec is None and hasattr(model, "_functional"):
