@@ -29,7 +29,7 @@ from keras.src.utils import dtype_utils
 # and there are activations beside them.
 WORTH = 30
 # Variables of less than this share of all bytes are whole, or follow others.
-SMALL = 0.01
+SMALL = 0.025
 CHOICES = 4096
 
 
@@ -276,7 +276,14 @@ def find(
     if budget is not None:
         data_axis = max(batch, key=sizes.get)
         notes.append(
-            _fit(weights, axes, sizes, data_axis, budget, _factor(made))
+            _fit(
+                weights,
+                axes,
+                sizes,
+                data_axis,
+                budget,
+                _factor(made, flows.slots_of(made)),
+            )
         )
     return _keys(weights, axes), "\n".join(notes)
 
@@ -294,11 +301,25 @@ def _cut(axes, search, decisions, flow, axis):
             for i in group.members:
                 axes[i][dim] = axis
                 cut.add((i, dim))
-    # What is added to activations is cut as they are.
-    for (i, dim), met in flow.follows.items():
-        fits = search.weights[i].shape[dim] % search.shards == 0
-        if fits and not any(axes[i]) and all(labels & cut for labels in met):
-            axes[i][dim] = axis
+    # What is added to activations is cut as they are, where all alike are.
+    for group in search.groups:
+        follow = [_followed(i, axes, search, flow, cut) for i in group.members]
+        if follow[0] is not None and len(set(follow)) == 1:
+            for i in group.members:
+                axes[i][follow[0]] = axis
+
+
+def _followed(i, axes, search, flow, cut):
+    """The dim of a weight that lies as the activations which it meets, None
+    if there is none."""
+    if any(axes[i]):
+        return None
+    for dim, size in enumerate(search.weights[i].shape):
+        met = flow.follows.get((i, dim), ())
+        if met and size % search.shards == 0:
+            if all(labels & cut for labels in met):
+                return dim
+    return None
 
 
 def _sentence(search, decisions, axis):
@@ -329,14 +350,15 @@ def _runner_up(search, second):
     )
 
 
-def _factor(model):
-    """How often an optimizer makes a process hold a trainable weight."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is None:
+def _factor(model, slots):
+    """How often a process holds a trainable weight: with a gradient, and what
+    an optimizer keeps, Adam's two where there is none."""
+    if slots is None:
         return 4
-    like = type(optimizer).from_config(optimizer.get_config())
-    like.build([backend.Variable(backend.numpy.ones((3, 5)), trainable=True)])
-    return 2 + sum(tuple(v.shape) == (3, 5) for v in like.variables)
+    weights = [tuple(v.shape) for v in model.trainable_variables]
+    largest = max(weights, key=math.prod)
+    count = sum(tuple(v.shape) == largest for v in slots)
+    return 2 + count // weights.count(largest)
 
 
 def _fit(weights, axes, sizes, data_axis, budget, factor):
@@ -382,22 +404,33 @@ def _fit(weights, axes, sizes, data_axis, budget, factor):
 
 def _keys(weights, axes):
     """Keys that match what is cut alike, and nothing else."""
-    found = {}
-    for v, cut in zip(weights, axes):
-        found.setdefault(pattern_of(v.path), []).append((v.path, tuple(cut)))
+    cut_of = {v.path: tuple(cut) for v, cut in zip(weights, axes)}
+    alike = {}
+    for path, cut in cut_of.items():
+        if any(cut):
+            alike.setdefault((pattern_of(path), cut), []).append(path)
     keys = {}
-    for pattern, members in found.items():
-        layouts = {cut for _, cut in members}
-        if len(layouts) == 1:
-            if any(members[0][1]):
-                keys[pattern] = members[0][1]
-            continue
-        # The numbers matter.
-        for cut in sorted(layouts, key=str):
-            if any(cut):
-                paths = [re.escape(path) for path, c in members if c == cut]
-                keys["|".join(paths)] = cut
+    for (_, cut), paths in alike.items():
+        key = common_pattern(paths)
+        if any(
+            re.fullmatch(key, path) and other != cut
+            for path, other in cut_of.items()
+        ):
+            key = "|".join(map(re.escape, paths))
+        keys[key] = cut
     return _joined(keys)
+
+
+def common_pattern(paths):
+    """A regular expression of paths that differ in numbers alone."""
+    split = [re.split(r"(\d+)", path) for path in paths]
+    parts = []
+    for place, words in enumerate(zip(*split)):
+        if place % 2 and len(set(words)) > 1:
+            parts.append(r"\d+")
+        else:
+            parts.append(re.escape(words[0]).replace(r"\-", "-"))
+    return "".join(parts)
 
 
 def _joined(keys):

@@ -88,9 +88,9 @@ def dry_runs():
 
 
 def flows():
-    from keras.src.backend.torch.distribution.report import flow
+    from keras.src.backend.torch.distribution.report import tracing
 
-    return flow
+    return tracing
 
 
 def stored_shape(variable):

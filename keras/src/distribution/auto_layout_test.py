@@ -1,0 +1,156 @@
+"""Layout maps that are found."""
+
+import re
+
+import pytest
+
+import keras
+from keras import layers
+from keras.src.distribution import auto_layout
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="it is there for torch alone"
+)
+
+
+@pytest.fixture(autouse=True)
+def new_session(no_world):
+    keras.utils.clear_session(free_memory=False)
+
+
+def mesh(shape=(2, 2), names=("batch", "model")):
+    count = 1
+    for n in shape:
+        count *= n
+    devices = [f"cpu:{i}" for i in range(count)]
+    return keras.distribution.DeviceMesh(shape, names, devices)
+
+
+def mlp(widths=(64, 16, 64, 16)):
+    model = keras.Sequential([keras.Input((16,))])
+    for i, n in enumerate(widths):
+        model.add(layers.Dense(n, "relu", name=f"layer_{i}"))
+    model.compile("adam", "mse")
+    return model
+
+
+def axes(layout_map):
+    return {key: layout_map[key].axes for key in layout_map}
+
+
+def test_columns_and_rows_in_turn():
+    found = keras.distribution.LayoutMap.auto(mlp, mesh(), 8)
+    model = mlp()
+    cut = {
+        v.path.split("/", 1)[1]: found[v.path].axes
+        for v in model.variables
+        if found[v.path] is not None
+    }
+    assert cut == {
+        "layer_0/kernel": (None, "model"),
+        "layer_0/bias": ("model",),
+        "layer_1/kernel": ("model", None),
+        "layer_2/kernel": (None, "model"),
+        "layer_2/bias": ("model",),
+        "layer_3/kernel": ("model", None),
+    }
+    assert "over model: a process holds" in found.explanation
+    assert "runner-up:" in found.explanation
+
+
+def test_its_code_makes_it():
+    found = keras.distribution.LayoutMap.auto(mlp, mesh(), 8)
+    names = {"keras": keras, "mesh": mesh()}
+    exec(found.code, names)
+    assert axes(names["layout_map"]) == axes(found) != {}
+
+
+def test_a_model_that_is_built_stays_what_it_is():
+    model = mlp()
+    before = [v.numpy().copy() for v in model.variables]
+    found = keras.distribution.LayoutMap.auto(model, mesh(), 8)
+    assert axes(found)
+    for v, value in zip(model.variables, before):
+        assert (v.numpy() == value).all()
+    assert mlp().name == "sequential_1"
+    # A function's names are those that its next model has.
+    keras.distribution.LayoutMap.auto(mlp, mesh(), 8)
+    assert mlp().name == "sequential_2"
+
+
+def test_what_does_not_divide_is_whole():
+    def make():
+        model = keras.Sequential([keras.Input((15,))])
+        for n in (10, 7, 9):
+            model.add(layers.Dense(n))
+        return model
+
+    assert not axes(keras.distribution.LayoutMap.auto(make, mesh((1, 4)), 8))
+
+
+def test_repeated_blocks_share_a_key():
+    def make():
+        x = inputs = keras.Input((16,))
+        for i in range(12):
+            h = layers.LayerNormalization(name=f"block_{i}_norm")(x)
+            h = layers.Dense(32, "gelu", name=f"block_{i}_up")(h)
+            x = layers.Add()([x, layers.Dense(16, name=f"block_{i}_down")(h)])
+        return keras.Model(inputs, x)
+
+    found = axes(keras.distribution.LayoutMap.auto(make, mesh(), 8))
+    assert found == {
+        r"block_\d+_up/kernel": (None, "model"),
+        r"block_\d+_up/bias": ("model",),
+        r"block_\d+_down/kernel": ("model", None),
+    }
+
+
+def test_a_budget():
+    whole = sum(v.value.nbytes for v in mlp().trainable_variables)
+
+    def find(budget=None, shape=(2, 2)):
+        keras.utils.clear_session(free_memory=False)
+        return keras.distribution.LayoutMap.auto(
+            mlp, mesh(shape), 8, budget=budget
+        )
+
+    # Four times the weights with Adam, of which a half is on a process.
+    found = find(whole * 1.5)
+    assert "(FSDP)" in found.explanation
+    assert "It does not fit" not in found.explanation
+    assert any("batch" in cut for cut in axes(found).values())
+    assert not any("batch" in cut for cut in axes(find()).values())
+    assert axes(find(whole * 9)) == axes(find())
+    assert "It does not fit, by" in find(100).explanation
+    # Without a model axis it is FSDP alone.
+    data = axes(find(100, (4, 1)))
+    assert {n for cut in data.values() for n in cut} == {None, "batch"}
+
+
+def test_keys_that_numbers_tell_apart():
+    paths = ["m/dense_1/kernel", "m/dense_2/kernel", "m/dense_3/kernel"]
+
+    class Weight:
+        def __init__(self, path):
+            self.path = path
+
+    cuts = [[None, "model"], ["model", None], [None, "model"]]
+    keys = auto_layout._keys([Weight(p) for p in paths], cuts)
+    for path, cut in zip(paths, cuts):
+        matched = [key for key in keys if re.fullmatch(key, path)]
+        assert [keys[key] for key in matched] == [tuple(cut)]
+    common = auto_layout.common_pattern(["a_1/x_2", "a_3/x_2"])
+    assert common == r"a_\d+/x_2"
+
+
+def test_many_choices_are_descended():
+    choices = [[None, 0, 1]] * 12
+
+    def cost(dims):
+        # Alternating dims are best.
+        return sum(
+            3 * (d is None) + (d == e) for d, e in zip(dims, [*dims[1:], None])
+        )
+
+    value, dims = min(auto_layout._descents(choices, cost))
+    assert None not in dims and value <= 1
