@@ -194,16 +194,16 @@ def test_gradients_are_reduced_in_updates_alone(world_size, communicated):
     weights = sum(
         int(np.prod(w.shape)) for w in make_model("sgd").trainable_variables
     )
-    # The first step checks the model besides.
+    # The first step checks the model besides, the next one where all are.
     logs, both = adds_up[3], adds_up[2]
     # The flag that the host reads goes by itself where logs lie on a GPU.
     flag = [("all_reduce", 1)] if torch.cuda.is_available() else []
     assert logs[1:] == flag
     assert logs[0][0] == "all_reduce" and logs[0][1] < 13
-    assert adds_up[1:] == [logs, both, logs, logs, both]
+    assert adds_up[2:] == [both, logs, logs, both]
     assert sorted(both) == sorted([*logs, ("all_reduce", weights)])
     # As many in an update as in each step of an optimizer that updates.
-    assert run()[1:] == [both] * 5
+    assert run()[2:] == [both] * 4
 
 
 def test_variables_that_the_data_axis_cuts_are_reduced_in_each_step(
@@ -226,9 +226,9 @@ def test_variables_that_the_data_axis_cuts_are_reduced_in_each_step(
             )
             communicated.clear()
         trainable = sum(math.prod(v.shape) for v in model.trainable_variables)
-    # With those of the logs; the first step has a few more of its own.
-    assert counts[1:] == [counts[1]] * 5 and counts[0] >= counts[1]
-    assert counts[1] >= trainable
+    # With those of the logs; the first two steps have a few more of their own.
+    assert counts[2:] == [counts[2]] * 4 and min(counts) == counts[2]
+    assert counts[2] >= trainable
 
 
 def local_gradients(model):

@@ -137,7 +137,8 @@ def test_fit_evaluate_predict(world_size):
             model.predict_on_batch(x[:1]),
         ]
 
-    assert_as_alone(program, world_size)
+    # Batch statistics of few rows round.
+    assert_as_alone(program, world_size, tolerance=3e-5)
 
 
 def test_dropout(world_size):
@@ -190,8 +191,9 @@ def test_gradient_accumulation(world_size):
             [ops.convert_to_numpy(v) for v in model.optimizer.variables],
         ]
 
-    # Gradients are small here, and batch statistics round.
-    assert_as_alone(program, world_size, make, tolerance=5e-5)
+    # Gradients are small here, and batch statistics round (in float32, whatever
+    # the model's dtype; without them, numbers in float64 agree to 5e-7).
+    assert_as_alone(program, world_size, make, tolerance=1e-4)
 
 
 def test_gradient_of_a_gradient(world_size):
@@ -382,9 +384,10 @@ def test_collectives_and_bytes(shape, axes, world_size):
         assert backward.bytes["all_reduce"] == sum(expected["all_reduce"])
         assert set(backward.calls) <= {"reduce_scatter", "all_reduce"}
     else:
-        # Whole on all data shards: one bucket, and what was reached.
-        assert backward.calls["all_reduce"] == 2
-        assert backward.bytes["all_reduce"] == operand + 5 * 256
+        # Whole on all data shards: one bucket, in which a number tells that
+        # all have met what was predicted.
+        assert backward.calls["all_reduce"] == 1
+        assert backward.bytes["all_reduce"] == operand + 4
 
 
 @pytest.mark.world(4)
