@@ -98,6 +98,33 @@ def kept_for_backward(layouts):
     return sum(size for at, size in kept.items() if at not in weights)
 
 
+@pytest.mark.world(2, 4)
+@pytest.mark.parametrize(
+    "layout", [(None, "model"), ("batch", "model"), ("model", None)], ids=str
+)
+def test_predictions_are_whole(layout, world_size):
+    """What becomes arrays: of all rows, and of all of each."""
+
+    def make():
+        model = keras.Sequential([keras.Input((5,))])
+        model.add(layers.Dense(4, name="head"))
+        model.compile("sgd", "mse")
+        return model
+
+    def program(model):
+        x = np.arange(35, dtype="float32").reshape(7, 5)
+        model.fit(x, x[:, :4], batch_size=4, verbose=0)
+        said = model.predict(x, batch_size=4, verbose=0)
+        return said, model.predict_on_batch(x[:6])
+
+    expected = parity.run(program, make)
+    distribution = parity.model_parallel(
+        (world_size // 2, 2), {".*head/output": layout}
+    )
+    actual = parity.run(program, make, distribution)
+    parity.assert_equal_on_all("predictions", actual, expected)
+
+
 @pytest.mark.world(2)
 def test_sequence_parallelism_keeps_less():
     whole, shards = (

@@ -31,11 +31,11 @@ pytestmark = [pytest.mark.world(2), pytest.mark.limit(60)]
 FEATURES, WIDTH, OUTPUTS = 5, 9, 3
 ROWS = 7
 
-COLUMN_ROW = {"up/kernel": (None, "model"), "down/kernel": ("model", None)}
+COLUMN_ROW = {".*up/kernel": (None, "model"), ".*down/kernel": ("model", None)}
 FULLY_SHARDED = {".*kernel": ("batch", None), ".*table.*": (None, "batch")}
 BOTH = {
-    "up/kernel": ("batch", "model"),
-    "down/kernel": (("model", "batch"), None),
+    ".*up/kernel": ("batch", "model"),
+    ".*down/kernel": (("model", "batch"), None),
     ".*table.*": ("model", None),
 }
 

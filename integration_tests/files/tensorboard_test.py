@@ -22,9 +22,9 @@ pytestmark = [pytest.mark.world(2), pytest.mark.limit(60)]
 ROWS, BATCH, FEATURES = 10, 4, 5
 LAYOUTS = {
     # The first has an odd number of rows, the last of columns.
-    "up/kernel": ("model", None),
-    "conv/kernel": (None, None, "model"),
-    "down/kernel": (None, "model"),
+    ".*up/kernel": ("model", None),
+    ".*conv/kernel": (None, None, "model"),
+    ".*down/kernel": (None, "model"),
 }
 
 

@@ -13,9 +13,9 @@ from keras import ops
 # Of the last batch, a data shard has no row.
 ROWS, BATCH, TIME, CHANNELS = 8, 7, 5, 4
 CHANNELS_CUT = {
-    "norm/.*": ("model",),
-    "up/kernel": (None, "model"),
-    "up/bias": ("model",),
+    ".*norm/(gamma|beta|moving.*)": ("model",),
+    ".*up/kernel": (None, "model"),
+    ".*up/bias": ("model",),
 }
 
 
@@ -44,7 +44,7 @@ CASES = {
     "plain": lambda: (normal(3), [up(), norm()]),
     "synchronized": lambda: (normal(3), [up(), norm(synchronized=True)]),
     "image": lambda: (
-        normal(3, 2, 3),
+        normal(4, 3, 3),
         [layers.Conv2D(CHANNELS, 2, name="up"), norm()],
     ),
     "channels first": lambda: (
@@ -103,9 +103,13 @@ def test_of_rows():
 
 @pytest.mark.world(2)
 def test_of_sharded_channels():
-    cases = [case for case in CASES if case != "channels first"]
-    layouts = {**CHANNELS_CUT, ".*vector_u": (None, "model")}
-    check(cases, parity.model_parallel((1, 2), layouts))
+    of_spectral = {".*vector_u": (None, "model")}
+    of_image = {".*up/kernel": (None, None, None, "model")}
+    others = {"spectral": of_spectral, "image": of_image}
+    for case in CASES:
+        if case != "channels first":
+            layouts = {**CHANNELS_CUT, **others.get(case, {})}
+            check([case], parity.model_parallel((1, 2), layouts))
 
 
 @pytest.mark.world(4)

@@ -100,7 +100,7 @@ def state_of(model):
 
 def distributions():
     yield "data", keras.distribution.DataParallel()
-    layouts = {"up/kernel": (None, "model"), "out/kernel": ("model", None)}
+    layouts = {".*up/kernel": (None, "model"), ".*out/kernel": ("model", None)}
     yield "both", parity.model_parallel((2, 2), layouts)
 
 

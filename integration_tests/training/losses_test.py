@@ -228,10 +228,10 @@ def test_what_adds_to_the_loss():
         parity.model_parallel(
             (1, 2),
             {
-                "up/kernel": (None, "model"),
-                "up/bias": ("model",),
-                "penalised/.*": ("model",),
-                "out/kernel": ("model", None),
+                ".*up/kernel": (None, "model"),
+                ".*up/bias": ("model",),
+                ".*penalised/.*": ("model",),
+                ".*out/kernel": ("model", None),
             },
         ),
     )

@@ -206,8 +206,8 @@ PROGRAMS = [validated, changed_in_an_epoch, evaluated_in_an_epoch, alternating]
 def test_between_steps(program):
     expected = parity.run(program, make_model)
     layouts = {
-        "up/kernel": (None, "model"),
-        "down/kernel": ("model", None),
+        ".*up/kernel": (None, "model"),
+        ".*down/kernel": ("model", None),
         # A state of a metric.
         "spread/total": ("model",),
     }

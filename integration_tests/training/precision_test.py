@@ -12,14 +12,14 @@ from keras import ops
 from keras.src import tree
 
 LAYOUTS = {
-    "table/embeddings": ("model", "batch"),
-    "column/kernel": (None, "model"),
-    "column/bias": ("model",),
-    "row/kernel": ("model", "batch"),
+    ".*table/embeddings": ("model", "batch"),
+    ".*column/kernel": (None, "model"),
+    ".*column/bias": ("model",),
+    ".*row/kernel": ("model", "batch"),
     "attention/(query|key|value)/kernel": (None, "model", None),
     "attention/attention_output/kernel": ("model", None, None),
-    "norm/gamma": ("batch",),
-    "spread/kernel": ("batch", None),
+    ".*norm/gamma": ("batch",),
+    ".*spread/kernel": ("batch", None),
 }
 # Relative to the largest entry. In half precision, partial sums are rounded
 # once more than on one device, before they are added up. Of float64, released
@@ -115,7 +115,7 @@ def test_policy_on_both_axes(name, world_size):
 
 
 FIRST_DIMS = {
-    "table/embeddings": ("model", None),
+    ".*table/embeddings": ("model", None),
     "(column|row|spread|head)/kernel": ("model", "batch"),
     "attention/(query|key|value)/kernel": ("model", None, None),
     "attention/attention_output/kernel": ("model", None, None),

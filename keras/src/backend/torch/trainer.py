@@ -417,7 +417,7 @@ class PredictStep(Step):
             self.reduce(
                 logs_lib.reduce_logs, {}, self.states(context), facts, context
             )
-        outputs = tree.map_structure(activations.whole, outputs)
+        outputs = tree.map_structure(activations.plain, outputs)
         if context.data_size == 1 or not context.auto_shard:
             # Rows were local from the start: so are those of the outputs.
             return outputs
@@ -433,7 +433,7 @@ class PredictStep(Step):
     def finish_global(self, outputs, states, facts, context):
         if states:
             self.reduce(logs_lib.reduce_global_logs, {}, states, facts, context)
-        outputs = tree.map_structure(activations.whole, outputs)
+        outputs = tree.map_structure(activations.plain, outputs)
         return borders.leave(outputs, gathers=context.auto_shard)
 
 

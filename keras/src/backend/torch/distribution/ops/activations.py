@@ -62,7 +62,16 @@ def whole(x):
     """
     if type(x) is GlobalTensor:
         return map_rows(x, whole) if isinstance(x.local, DTensor) else x
-    if not isinstance(x, DTensor) or getattr(x, marks.REQUESTED, False):
+    if getattr(x, marks.REQUESTED, False):
+        return x
+    return plain(x)
+
+
+def plain(x):
+    """As `whole`, whatever the layout map asks for: of what becomes arrays."""
+    if type(x) is GlobalTensor:
+        return map_rows(x, plain) if isinstance(x.local, DTensor) else x
+    if not isinstance(x, DTensor):
         return x
     return sharded.keep_mask(sharded.whole(x), x, sharded.whole)
 
