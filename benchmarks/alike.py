@@ -9,7 +9,6 @@ in Python, memory and collectives is what it costs one of them.
 
 import contextlib
 
-import collectives
 import torch
 import torch.distributed as dist
 
@@ -38,44 +37,35 @@ def world(size, rank=0):
         dist.destroy_process_group()
 
 
-class Traffic(collectives.CollectiveCounter):
-    """Counts collectives with the size of their groups, and what they bring.
+def traffic():
+    """A `CollectiveCounter` with the bytes that collectives bring, too.
 
-    Attributes:
-        log: list of tuples of a kind, the size of the group, the bytes that
-            this process hands in, and those that it is given.
+    Returns:
+        A context manager. Its `log` is a list of tuples of a kind, the size of
+        the group, the bytes that this process hands in, and those that it is
+        given.
     """
+    # When Keras has a backend.
+    from keras.src.backend.torch.distribution import private
+    from keras.src.backend.torch.distribution.report import collectives
 
-    def __init__(self):
-        super().__init__()
-        self.log = []
+    class Traffic(collectives.CollectiveCounter):
+        def __init__(self):
+            super().__init__()
+            self.log = []
 
-    def _count(self, func, args, kwargs):
-        before = sum(self.calls.values())
-        super()._count(func, args, kwargs)
-        if sum(self.calls.values()) == before:
-            return
-        name = func._schema.name.split("::")[1].rstrip("_")
-        kind = collectives.NAMES.get(name, name)
-        given = collectives.input_bytes(func._schema, args, kwargs)
-        size = group_size(args, kwargs)
-        self.log.append((kind, size, given, self._brought(kind, size, given)))
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            call = None
+            if result is not NotImplemented:
+                call = collectives.call_of(func, args, kwargs)
+            if call is not None:
+                size = private.group_of(call.group).size()
+                brought = {
+                    "all_gather": call.bytes * size,
+                    "reduce_scatter": call.bytes // size,
+                }.get(call.op, call.bytes)
+                self.log.append((call.op, size, call.bytes, brought))
+            return result
 
-    def _brought(self, kind, size, given):
-        if kind == "all_gather":
-            return given * size
-        return given // size if kind == "reduce_scatter" else given
-
-
-def group_size(args, kwargs):
-    """The number of processes of the group that a collective is called in."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.ScriptObject):
-            # The operation of a reduction is such an object too.
-            with contextlib.suppress(RuntimeError):
-                return dist.ProcessGroup.unbox(value).size()
-    names = [v for v in (*args, *kwargs.values()) if isinstance(v, str)]
-    for name in reversed(names):  # Of functional ones the group's comes last.
-        with contextlib.suppress(RuntimeError, ValueError, KeyError):
-            return dist.distributed_c10d._resolve_process_group(name).size()
-    return dist.get_world_size()
+    return Traffic()

@@ -274,7 +274,7 @@ def counted(method, arguments):
     """Collectives, and the bytes handed in and brought, of a call."""
     import alike
 
-    with alike.Traffic() as traffic:
+    with alike.traffic() as traffic:
         method(**arguments, verbose=0)
     log = traffic.log
     return len(log), sum(e[2] for e in log), sum(e[3] for e in log)

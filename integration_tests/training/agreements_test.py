@@ -11,6 +11,9 @@ import keras
 from integration_tests.harness import everyone
 from integration_tests.harness import parity
 from keras import layers
+from keras.src.backend.torch.distribution.report.collectives import (
+    CollectiveCounter,
+)
 
 pytestmark = [pytest.mark.world(2), pytest.mark.limit(60)]
 
@@ -131,8 +134,6 @@ WORK = {"data": 1, "tensor": 1, "fully sharded": 3}
 
 
 def collectives_of_a_step(model, make_arguments, **kwargs):
-    from benchmarks.collectives import CollectiveCounter
-
     def count(steps):
         with CollectiveCounter() as counter:
             model.fit(**make_arguments(steps), verbose=0, **kwargs)
