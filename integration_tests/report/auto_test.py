@@ -26,7 +26,7 @@ def test_traffic(name, shape, no_world):
     for other, (theirs, their_held) in costs.items():
         assert sent <= theirs, (other, found.code)
         if other == "written":
-            assert held <= their_held, (other, found.code)
+            assert held <= 1.01 * their_held, (other, found.code)
     assert list(found) or shape[1] == 1
 
 

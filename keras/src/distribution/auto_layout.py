@@ -29,7 +29,7 @@ from keras.src.utils import dtype_utils
 # and there are activations beside them.
 WORTH = 30
 # Variables of less than this share of all bytes are whole, or follow others.
-SMALL = 0.025
+SMALL = 0.015
 CHOICES = 4096
 
 
@@ -260,7 +260,7 @@ def find(
     shards = 1 if axis is None else sizes[axis]
     data = math.prod(sizes[n] for n in batch)
     flows = processes.flows()
-    made = flows.make(model)
+    made = flows.make(model, x)
     rows = batch_size if x is None else len(_first(x))
     rows = max(1, -(-(rows or data) // data))
     weights, flow = flows.trace(made, shards, rows, x)

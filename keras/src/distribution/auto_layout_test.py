@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 import keras
@@ -154,3 +155,34 @@ def test_many_choices_are_descended():
 
     value, dims = min(auto_layout._descents(choices, cost))
     assert None not in dims and value <= 1
+
+
+class Own(keras.Model):
+    def __init__(self, asks=False):
+        super().__init__()
+        self.up = layers.Dense(32, "relu", name="up")
+        self.down = layers.Dense(16, name="down")
+        self.asks = asks
+
+    def call(self, x):
+        if self.asks and float(x[0, 0]) > 1:
+            x = 2 * x
+        return self.down(self.up(x))
+
+
+def test_models_that_their_first_call_builds():
+    x = np.ones((8, 16), "float32")
+    found = keras.distribution.LayoutMap.auto(Own, mesh(), x=x)
+    assert list(axes(found).values()) == [
+        (None, "model"),
+        ("model",),
+        ("model", None),
+    ]
+    with pytest.raises(ValueError, match="made by its first call"):
+        keras.distribution.LayoutMap.auto(Own(), mesh(), x=x)
+    model = Own(asks=True)
+    model(x)
+    with pytest.raises(ValueError, match="asks for their numbers"):
+        keras.distribution.LayoutMap.auto(model, mesh(), x=x)
+    # Nothing of a failed trace is left.
+    assert model(x).shape == (8, 16)

@@ -35,21 +35,47 @@ def _on_meta():
         global_state.set_global_attribute("torch_device", before)
 
 
-def make(model):
+def make(model, x=None):
     """A built model, without memory where it can be built so.
 
     Args:
         model: a model, or a function that makes one.
+        x: a batch, for a model that its first call builds.
+
+    Raises:
+        ValueError: if it is not built, and cannot be.
     """
     if not dry_run.is_function(model):
-        return model
+        return _check_built(model)
     try:
         with dry_run.own_session(), backend.device_scope("meta"):
-            return model()
+            return _built(model(), x)
     except Exception:
         # It asks for a number as it is built, or fails without this as well.
         with dry_run.own_session():
-            return model()
+            return _built(model(), x)
+
+
+def _built(model, x):
+    if not model.built and x is not None:
+        spec = tree.map_structure(
+            lambda each: backend.KerasTensor(
+                each.shape, backend.standardize_dtype(each.dtype)
+            ),
+            x,
+        )
+        backend.compute_output_spec(model, spec)
+    return _check_built(model)
+
+
+def _check_built(model):
+    if not model.built:
+        raise ValueError(
+            "The model's variables are made by its first call. Pass `x`, a "
+            "batch, and a function that makes the model; or a model that is "
+            f"built. Received: model={model}"
+        )
+    return model
 
 
 def trace(model, shards, rows=None, x=None):
@@ -64,6 +90,9 @@ def trace(model, shards, rows=None, x=None):
     Returns:
         Tuple of the list of weights, in the order of the indices that labels
         have, and the `Flow`.
+
+    Raises:
+        ValueError: if the model asks for numbers.
     """
     weights = list({id(v): v for v in model.variables}.values())
     flow = flow_lib.Flow(shards)
@@ -84,9 +113,16 @@ def trace(model, shards, rows=None, x=None):
         batch,
     )
     # Keras copies what it converts there, in the sight of `flow`.
-    with torch.no_grad(), _on_meta(), flow:
-        with StatelessScope(state_mapping=mapping):
-            outputs = model(batch)
+    try:
+        with torch.no_grad(), _on_meta(), flow:
+            with StatelessScope(state_mapping=mapping):
+                outputs = model(batch)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(
+            "The model cannot be called on tensors without memory, as it asks "
+            "for their numbers. Write its layout map by hand. Received: "
+            f"model={model}"
+        ) from error
     for out in tree.flatten(outputs):
         flow.output(out)
     return weights, flow
