@@ -400,6 +400,22 @@ def test_sharded_weights():
             assert_as_alone({function.__name__: program}, distribution)
 
 
+def test_a_layer_whose_call_is_replaced():
+    """On one layer alone, of a class that has a way of its own with shards."""
+
+    def outputs(x):
+        up = layers.Dense(6, "tanh", name="up")
+        released = up.call
+        up.call = lambda x, **kwargs: released(x) / (1.0 + ops.max(ops.abs(x)))
+        return layers.Dense(CLASSES, name="out")(up(x))
+
+    program = fit(outputs, normal(CLASSES))
+    layouts = {".*up/kernel": (None, "model"), ".*out/kernel": ("model", None)}
+    for shape in ((2, 1), (1, 2)):
+        distribution = parity.model_parallel(shape, layouts)
+        assert_as_alone({"replaced": program}, distribution)
+
+
 @pytest.mark.world(4)
 def test_sharded_weights_on_two_axes():
     layouts = {

@@ -68,6 +68,7 @@ class ProjectionStyle(styles.ShardedStyle):
             len(args) == 1
             and isinstance(args[0], torch.Tensor)
             and args[0].dtype.is_floating_point
+            and "call" not in layer.__dict__  # A program's own.
             and layer.quantization_mode is None
             and not layer.lora_enabled
             and not layer._remat_mode
@@ -181,6 +182,8 @@ def is_plain(layer, args):
     """Whether a layer is Keras's `Dense`, and its code a product and a sum of
     plain tensors: `project_plain` is the same in one function of torch's."""
     if type(layer) is not layers.Dense or len(args) != 1:
+        return False
+    if "call" in layer.__dict__:  # A program's own.
         return False
     x, kernel, bias = args[0], layer._kernel._value, layer.bias
     return (
