@@ -416,6 +416,26 @@ def test_a_layer_whose_call_is_replaced():
         assert_as_alone({"replaced": program}, distribution)
 
 
+class Scaled(layers.Dense):
+    """Computes with something else than its weight."""
+
+    @property
+    def kernel(self):
+        kernel = super().kernel
+        return kernel / (1.0 + ops.max(ops.abs(kernel)))
+
+
+def test_a_layer_whose_weight_is_computed():
+    def outputs(x):
+        x = Scaled(6, "tanh", name="up")(x)
+        return Scaled(CLASSES, name="out")(x)
+
+    program = fit(outputs, normal(CLASSES))
+    layouts = {".*up/kernel": (None, "model"), ".*out/kernel": ("model", None)}
+    distribution = parity.model_parallel((1, 2), layouts)
+    assert_as_alone({"computed": program}, distribution)
+
+
 @pytest.mark.world(4)
 def test_sharded_weights_on_two_axes():
     layouts = {

@@ -188,13 +188,17 @@ def style_class(layer):
     from keras.src.layers import EinsumDense
     from keras.src.layers import Embedding
 
-    for known, style in (
-        (Dense, ProjectionStyle),
-        (EinsumDense, ProjectionStyle),
-        (Embedding, LookupStyle),
+    for known, weight, style in (
+        (Dense, "kernel", ProjectionStyle),
+        (EinsumDense, "kernel", ProjectionStyle),
+        (Embedding, "embeddings", LookupStyle),
     ):
-        # A subclass with a call of its own may do anything.
-        if isinstance(layer, known) and type(layer).call is known.call:
+        # A subclass with a call of its own may do anything, and one may compute
+        # with something else than the weight.
+        if isinstance(layer, known) and all(
+            getattr(type(layer), name) is getattr(known, name)
+            for name in ("call", weight)
+        ):
             return style
     return styles.ShardedStyle
 
