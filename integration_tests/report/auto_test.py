@@ -12,12 +12,16 @@ from integration_tests.report import programs
 
 # The others take a minute more: REPORT_ALL=1.
 ALL = bool(os.environ.get("REPORT_ALL"))
-NAMES = list(auto_programs.PROGRAMS) if ALL else ["gpt", "mlp", "llama"]
-MESHES = auto_programs.MESHES if ALL else auto_programs.MESHES[:2]
+CASES = [("gpt", (2, 2)), ("mlp", (1, 4)), ("llama", (1, 4))]
+if ALL:
+    CASES = [
+        (name, shape)
+        for name in auto_programs.PROGRAMS
+        for shape in auto_programs.MESHES
+    ]
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name, shape", CASES, ids=str)
 def test_traffic(name, shape, no_world):
     if name not in ("gpt", "mlp"):
         pytest.importorskip("keras_hub", reason="see requirements-hub.txt")

@@ -28,7 +28,6 @@ NAMES = [*programs.PROGRAMS, *programs.HUB]
 if not os.environ.get("REPORT_ALL"):
     NAMES = [
         "gpt, FSDP",
-        "gpt, both",
         "gpt, sequence parallel",
         "convolutions",
         "qwen_moe",
