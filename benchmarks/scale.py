@@ -61,6 +61,9 @@ def main():
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="a file for all that was measured")
+    parser.add_argument(
+        "--tables", nargs="*", help="such files, to print and plot as well"
+    )
     parser.add_argument("--svg", help="a file for the plot")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -69,16 +72,21 @@ def main():
         print(json.dumps(measure(layout, int(size))))
         return
     found = []
-    for layout in options.only.split(","):
+    for layout in filter(None, options.only.split(",")):
         for size in map(int, options.sizes.split(",")):
             if size % factor(layout):
                 continue
             found.append(least(layout, size, options.rounds))
             print(f"{layout} {size}", file=sys.stderr, flush=True)
+            if options.json:
+                # Now: it takes some minutes.
+                with open(options.json, "w") as file:
+                    json.dump(found, file, indent=1)
+    for path in options.tables or ():
+        with open(path) as file:
+            found += json.load(file)
+    found.sort(key=lambda e: (list(LAYOUTS).index(e["layout"]), e["size"]))
     print_tables(found)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(found, file, indent=1)
     if options.svg:
         import plot
 
