@@ -89,7 +89,7 @@ def program(make_dataset, **kwargs):
     return run
 
 
-@pytest.mark.world(2, 4)
+@pytest.mark.world(4)
 def test_numbers_are_one_devices(world_size):
     check(Batches, world_size, shuffle=True)
 

@@ -18,7 +18,7 @@ ALL = "USER_CODE_ALL" in os.environ
 ONLY = os.environ.get("USER_CODE_ONLY", "")
 ROWS = 7
 # Of these, every so many run with other rows, and under each of the layouts.
-FEWER = 8
+FEWER = 12
 OTHER_ROWS = (1, 22)
 
 # Programs that run on one device and may be an error on several processes,
