@@ -64,11 +64,13 @@ def fit(
     return program
 
 
-def assert_as_alone(programs, distribution=None):
+def assert_as_alone(programs, distribution=None, tolerance=parity.TOLERANCE):
     """Asserts that each program gives one device's numbers."""
     distribution = distribution or keras.distribution.DataParallel()
     for name, program in programs.items():
-        parity.assert_equal_on_all(name, program(distribution), program())
+        parity.assert_equal_on_all(
+            name, program(distribution), program(), tolerance
+        )
 
 
 def dense(activation=None, units=CLASSES, **kwargs):

@@ -465,7 +465,9 @@ def test_layers_of_keras_that_mix_rows():
             programs[name] = fit(around(mix), y, loss)
         else:
             programs[name] = fit(around(mix), y)
-    assert_as_alone(programs)
+    # Before a norm, a bias has a gradient that all but cancels out, and is
+    # small beside what its rounding comes from.
+    assert_as_alone(programs, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("steps", [4, 8])

@@ -186,6 +186,8 @@ def is_plain(layer, args):
     if "call" in layer.__dict__:  # A program's own.
         return False
     x, kernel, bias = args[0], layer._kernel._value, layer.bias
+    if kernel is None:  # Keras looks for shapes, before there are weights.
+        return False
     return (
         type(x) is torch.Tensor
         and layer.quantization_mode is None
