@@ -361,6 +361,40 @@ def test_compute_loss():
         assert_as_alone({"compute_loss": program}, distribution)
 
 
+def with_own_compute_loss(*args):
+    """A model on which a program has replaced `compute_loss`, by a function
+    that goes through the graph of the loss before backward does."""
+    model = keras.Model(*args)
+    released = model.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        loss = released(*args, **kwargs)
+        if not loss.requires_grad:
+            return loss
+        kernel = model.get_layer("out").kernel.value
+        (grad,) = torch.autograd.grad(loss, kernel, retain_graph=True)
+        return loss * (1.0 + ops.sum(ops.abs(grad)))
+
+    model.compute_loss = compute_loss
+    return model
+
+
+def test_compute_loss_of_one_model():
+    def outputs(x):
+        x = layers.Dense(6, "tanh", name="up")(x)
+        return layers.Dense(CLASSES, name="out")(x)
+
+    program = fit(
+        outputs,
+        rng().integers(0, CLASSES, ROWS),
+        losses.SparseCategoricalCrossentropy(from_logits=True),
+        model=with_own_compute_loss,
+    )
+    layouts = {".*up/kernel": (None, "model"), ".*out/kernel": (None, "model")}
+    distribution = parity.model_parallel((1, 2), layouts)
+    assert_as_alone({"compute_loss": program}, distribution)
+
+
 def test_metrics():
     def metric(y, p):
         return root_mean_squared(y, p)

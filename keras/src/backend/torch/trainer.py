@@ -36,6 +36,9 @@ __all__ = ["TorchEpochIterator", "TorchTrainer"]
 
 released_compute_loss = upstream.TorchTrainer._compute_loss
 
+# What a program may have of its own in a step that is otherwise Keras's.
+STEPS = ("train_step", "test_step", "compute_loss", "compute_metrics")
+
 
 class TorchTrainer(upstream.TorchTrainer):
     stop_training = stopping.StopTraining()
@@ -144,7 +147,7 @@ class TorchTrainer(upstream.TorchTrainer):
         return (
             isinstance(loss, losses.SparseCategoricalCrossentropy)
             and loss._fn_kwargs.get("from_logits", False)
-            and self._steps_as_keras()
+            and known.has_released(self, STEPS)
         )
 
     def _runs_backward_once(self):
@@ -152,19 +155,8 @@ class TorchTrainer(upstream.TorchTrainer):
         loss = getattr(self._compile_loss, "_user_loss", None)
         return (
             type(loss) is losses.SparseCategoricalCrossentropy
-            and self._steps_as_keras()
+            and known.has_released(self, STEPS)
             and not self.jit_compile
-        )
-
-    def _steps_as_keras(self):
-        return all(
-            getattr(type(self), name) is getattr(TorchTrainer, name)
-            for name in (
-                "train_step",
-                "test_step",
-                "compute_loss",
-                "compute_metrics",
-            )
         )
 
     def _compute_loss(

@@ -302,6 +302,22 @@ def _is_of_each_row(axis, y_pred):
     return axis % ndim > 0
 
 
+def has_released(model, names):
+    """Whether methods of a model are Keras's own, of its class and on itself.
+
+    Args:
+        model: the model.
+        names: of the methods.
+    """
+    from keras.src.models import Model  # Imports the backend.
+
+    return all(
+        name not in vars(model)
+        and getattr(type(model), name) is getattr(Model, name)
+        for name in names
+    )
+
+
 def is_known_program(model, step):
     """Whether a step of a model runs no user code.
 
@@ -309,16 +325,11 @@ def is_known_program(model, step):
         model: the model.
         step: `"train_step"`, `"test_step"` or `"predict_step"`.
     """
-    from keras.src.models import Model  # Imports the backend.
-
     names = [step]
     if step != "predict_step":
         names += ["compute_loss", "compute_metrics"]
-    for name in names:
-        if name in vars(model):
-            return False
-        if getattr(type(model), name) is not getattr(Model, name):
-            return False
+    if not has_released(model, names):
+        return False
     if not is_container(model) or not is_known(model):
         return False
     if model.activity_regularizer is not None:
