@@ -6,6 +6,7 @@ import pytest
 import keras
 from integration_tests.harness import everyone
 from integration_tests.harness import parity
+from integration_tests.others import keras_hub_test
 
 pytestmark = pytest.mark.world(2)
 keras_hub = pytest.importorskip(
@@ -23,17 +24,8 @@ LAYOUTS = {
 
 def make_task():
     models, layers = keras_hub.models, keras_hub.layers
-    backbone = models.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[64, 6],
-        stackwise_num_blocks=[1, 1],
-        stackwise_num_strides=[1, 2],
-        block_type="basic_block",
-        image_shape=(8, 8, 3),
-    )
     return models.ResNetImageClassifier(
-        backbone,
+        keras_hub_test.resnet().backbone,
         num_classes=3,
         preprocessor=models.ResNetImageClassifierPreprocessor(
             layers.ResNetImageConverter(image_size=(8, 8))

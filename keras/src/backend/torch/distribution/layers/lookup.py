@@ -30,10 +30,7 @@ class LookupStyle(styles.ShardedStyle):
         return (
             len(args) == 1
             and type(args[0]) in (torch.Tensor, torch.nn.Parameter)
-            and "call" not in layer.__dict__  # A program's own.
-            and layer.quantization_mode is None
-            and not layer.lora_enabled
-            and not layer._remat_mode
+            and styles.reads_as_released(layer)
             and not cuts.has_several_on_a_dim(
                 getattr(layer._embeddings._value, "placements", ())
             )

@@ -48,30 +48,19 @@ class ProjectionStyle(styles.ShardedStyle):
             return super().call(layer, context, args, kwargs)
         kernel = reading.read_stored(layer._kernel)
         bias = None if layer.bias is None else reading.read_stored(layer.bias)
-        if torch.compiler.is_compiling():
-            is_general, product = (
-                _has_dim_cut_twice(args[0], kernel, bias),
-                None,
-            )
-        else:
-            plan = _plan_of(layer, args[0], kernel, bias, context)
-            is_general, product = plan.is_general, plan.product
-        if is_general:
+        plan = _plan_of(layer, args[0], kernel, bias, context)
+        if plan.is_general:
             return super().call(layer, context, args, kwargs)
-        if product is None or not linear.may_run(args[0]):
+        if plan.product is None or not linear.may_run(args[0]):
             return project(layer, args[0], context)
         return _project_at_once(layer, args[0], kernel, bias, plan)
 
     def applies(self, layer, args):
-        # LoRA and quantisation read the kernel in their own ways.
         return (
             len(args) == 1
             and isinstance(args[0], torch.Tensor)
             and args[0].dtype.is_floating_point
-            and "call" not in layer.__dict__  # A program's own.
-            and layer.quantization_mode is None
-            and not layer.lora_enabled
-            and not layer._remat_mode
+            and styles.reads_as_released(layer)
         )
 
 
@@ -146,6 +135,9 @@ def _kind_of(x):
 
 
 def _plan_of(layer, inputs, kernel, bias, context):
+    if torch.compiler.is_compiling():
+        # What is kept on a layer would be an effect of what is traced.
+        return Plan(layer, inputs, kernel, bias, context)
     plan = layer.__dict__.get(marks.PLAN)
     with private.without_torch_functions():
         if plan is not None and plan.is_of(inputs, kernel, bias, context):
@@ -183,16 +175,12 @@ def is_plain(layer, args):
     plain tensors: `project_plain` is the same in one function of torch's."""
     if type(layer) is not layers.Dense or len(args) != 1:
         return False
-    if "call" in layer.__dict__:  # A program's own.
-        return False
     x, kernel, bias = args[0], layer._kernel._value, layer.bias
     if kernel is None:  # Keras looks for shapes, before there are weights.
         return False
     return (
         type(x) is torch.Tensor
-        and layer.quantization_mode is None
-        and not layer.lora_enabled
-        and not layer._remat_mode
+        and styles.reads_as_released(layer)
         and kernel.dtype == x.dtype
         and kernel.device == x.device
         and x.dtype.is_floating_point

@@ -86,6 +86,17 @@ class RecurrentStyle(ShardedStyle):
             return Operation.__call__(layer, *args, **kwargs)
 
 
+def reads_as_released(layer):
+    """Whether a layer runs the code of its class, and reads its weights in no
+    other way: LoRA, quantisation and checkpointing have ways of their own."""
+    return (
+        "call" not in layer.__dict__
+        and layer.quantization_mode is None
+        and not layer.lora_enabled
+        and not layer._remat_mode
+    )
+
+
 GENERAL = ShardedStyle()
 RECURRENT = RecurrentStyle()
 

@@ -105,7 +105,9 @@ def fits(x, kernel, bias, letters):
 def may_run(x):
     """Whether nothing around transforms what is computed with a tensor."""
     return not (
-        private.is_in_transform() or torch.is_autocast_enabled(x.device.type)
+        torch.compiler.is_compiling()
+        or private.is_in_transform()
+        or torch.is_autocast_enabled(x.device.type)
     )
 
 

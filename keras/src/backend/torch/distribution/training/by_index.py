@@ -92,7 +92,7 @@ class Reading(torch.utils.data.IterableDataset):
     def loader(self):
         """A loader, which draws a seed as one device's does."""
         return torch.utils.data.DataLoader(
-            self, batch_size=None, collate_fn=_as_it_is
+            self, batch_size=None, collate_fn=whole_batches.as_it_is
         )
 
     def __iter__(self):
@@ -228,7 +228,3 @@ class _Indices(PyDataset):
 
     def __getitem__(self, index):
         return (index,)
-
-
-def _as_it_is(batch):
-    return batch

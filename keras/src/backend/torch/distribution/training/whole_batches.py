@@ -70,7 +70,7 @@ def cutting(loader, context):
     if type(dataset).__module__ != data_adapter_utils.__name__:
         return loader
     return torch.utils.data.DataLoader(
-        _Cut(dataset.iterable, context), batch_size=None, collate_fn=_as_it_is
+        _Cut(dataset.iterable, context), batch_size=None, collate_fn=as_it_is
     )
 
 
@@ -83,7 +83,7 @@ class _Cut(torch.utils.data.IterableDataset):
             yield cut_and_moved(data, self.context)
 
 
-def _as_it_is(batch):
+def as_it_is(batch):
     return batch
 
 
