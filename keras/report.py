@@ -128,7 +128,7 @@ def _run(options, processes):
         ):
             runpy.run_path(options.script, run_name="__main__")
     except Enough:
-        pass
+        pass  # What was asked for has been found, or that there is none.
     except (Exception, SystemExit):
         error = traceback.format_exc()
     finally:

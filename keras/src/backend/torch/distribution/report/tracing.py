@@ -8,6 +8,7 @@ from keras.src import backend
 from keras.src import tree
 from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope
+from keras.src.backend.torch.distribution.mesh.context import logger
 from keras.src.backend.torch.distribution.report import dry_run
 from keras.src.backend.torch.distribution.report import flow as flow_lib
 
@@ -50,8 +51,14 @@ def make(model, x=None):
     try:
         with dry_run.own_session(), backend.device_scope("meta"):
             return _built(model(), x)
-    except Exception:
+    except Exception as error:
         # It asks for a number as it is built, or fails without this as well.
+        logger.info(
+            "The model takes its memory while a layout is looked for, as it "
+            "cannot be built without: %s: %s",
+            type(error).__name__,
+            error,
+        )
         with dry_run.own_session():
             return _built(model(), x)
 
