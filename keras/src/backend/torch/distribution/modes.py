@@ -72,6 +72,26 @@ def _set(**values):
             setattr(modes, name, value)
 
 
+@contextlib.contextmanager
+def swapped(places):
+    """Within it, attributes of other objects have other values; then those that
+    they had, whatever has been written into them.
+
+    Args:
+        places: iterable of triples of an object, the name of an attribute that
+            it has, and the value.
+    """
+    places = list(places)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, value in places:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
 class layer_call:
     """Within it, a layer is called.
 

@@ -63,3 +63,20 @@ def test_threads_have_their_own():
         thread.start()
         thread.join()
     assert seen == [{}]
+
+
+def test_what_is_swapped_is_put_back():
+    """Also where it is swapped twice, written into, or an error passes."""
+
+    class Place:
+        a, b = 1, 2
+
+    place = Place()
+    with pytest.raises(ZeroDivisionError):
+        with modes_lib.swapped([(place, "a", 3), (Place, "b", 4)]):
+            with modes_lib.swapped(iter([(place, "a", 5)])):
+                assert (place.a, place.b) == (5, 4)
+                place.a = 6
+            assert place.a == 3
+            raise ZeroDivisionError
+    assert (place.a, Place.b) == (1, 2)

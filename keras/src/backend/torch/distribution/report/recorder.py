@@ -23,6 +23,7 @@ from keras.src.backend.torch.distribution.layers import execution
 from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.modes import swapped
 from keras.src.backend.torch.distribution.report import collectives
 from keras.src.backend.torch.distribution.training import logs
 from keras.src.backend.torch.distribution.variables import in_flight
@@ -99,7 +100,6 @@ class Recorder:
         """Whether the last two steps that have ended were alike."""
         return len(self.steps) > 4 and self.steps[-2] == self.steps[-3]
 
-    @contextlib.contextmanager
     def _layers(self):
         released = execution._call
 
@@ -111,13 +111,8 @@ class Recorder:
                 self._called(layer, context, args, kwargs)
             return outputs
 
-        execution._call = call
-        try:
-            yield
-        finally:
-            execution._call = released
+        return swapped([(execution, "_call", call)])
 
-    @contextlib.contextmanager
     def _updates(self):
         released = BaseOptimizer.apply
 
@@ -132,11 +127,7 @@ class Recorder:
                 if self._updated is not None:
                     self._updated(optimizer)
 
-        BaseOptimizer.apply = apply
-        try:
-            yield
-        finally:
-            BaseOptimizer.apply = released
+        return swapped([(BaseOptimizer, "apply", apply)])
 
     def _called(self, layer, context, args, kwargs):
         if self.model is not None:

@@ -19,6 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import marks
+from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.mesh import cuts
 from keras.src.backend.torch.distribution.tensors import collectives
@@ -118,17 +119,11 @@ def local(variables, context):
             variable._value = vars(variable)[marks.METRIC_STATE].whole
 
 
-@contextlib.contextmanager
 def whole(variables):
     """Within it, variables hold the whole state, as it was last written."""
-    before = [(v, v._value) for v in variables]
-    for variable in variables:
-        variable._value = vars(variable)[marks.METRIC_STATE].whole
-    try:
-        yield
-    finally:
-        for variable, value in before:
-            variable._value = value
+    return modes.swapped(
+        (v, "_value", vars(v)[marks.METRIC_STATE].whole) for v in variables
+    )
 
 
 def _show_local(variable, context):

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.variables import streams
 from keras.src.distribution import distribution_lib
@@ -28,28 +29,23 @@ def as_one_device(model):
             value = streams.gathered_by_writer(stored)
             if keeps:
                 value = torch.nn.Parameter(value, stored.requires_grad)
-                whole.append((variable, stored, value))
+                whole.append((variable, "_value", value))
     if not keeps:
         yield
         return
     # The parameters that torch finds: of a `Sequential` by the functional
     # model in it too, which is no layer of its.
     tracked = [
-        (layer, layer._torch_params)
+        (layer, "_torch_params", layer._torch_params)
         for layer in {*model._flatten_layers(), *model.modules()}
         if hasattr(layer, "_torch_params")
     ]
     distribution = distribution_lib.distribution()
-    try:
-        for variable, _, value in whole:
-            variable._value = value
-        for layer, _ in tracked:
-            layer._track_variables()
-        distribution_lib.set_distribution(None)
-        yield
-    finally:
-        for variable, stored, _ in whole:
-            variable._value = stored
-        for layer, parameters in tracked:
-            layer._torch_params = parameters
-        distribution_lib.set_distribution(distribution)
+    with modes.swapped(whole + tracked):
+        try:
+            for layer, *_ in tracked:
+                layer._track_variables()
+            distribution_lib.set_distribution(None)
+            yield
+        finally:
+            distribution_lib.set_distribution(distribution)
