@@ -3,8 +3,8 @@
 from keras.src.backend.torch import layer as upstream
 from keras.src.backend.torch.distribution import modes
 from keras.src.backend.torch.distribution.layers import execution
+from keras.src.backend.torch.distribution.layers import released
 from keras.src.backend.torch.distribution.mesh.context import current
-from keras.src.ops.operation import Operation
 
 __all__ = ["TorchLayer"]
 
@@ -13,7 +13,7 @@ class TorchLayer(upstream.TorchLayer):
     def forward(self, *args, **kwargs):
         context = current()
         if context is None:
-            return Operation.__call__(self, *args, **kwargs)
+            return released.call(self, args, kwargs)
         return execution.call(self, context, args, kwargs)
 
     def _post_build(self):

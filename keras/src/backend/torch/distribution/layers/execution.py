@@ -6,7 +6,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from keras.src import tree
-from keras.src.backend.common.keras_tensor import any_symbolic_tensors
 from keras.src.backend.torch import core
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows.carrier import (
@@ -17,6 +16,7 @@ from keras.src.backend.torch.distribution.global_rows.carrier import whole
 from keras.src.backend.torch.distribution.gradients import reducer
 from keras.src.backend.torch.distribution.layers import plan
 from keras.src.backend.torch.distribution.layers import projection
+from keras.src.backend.torch.distribution.layers import released
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import layer_call
@@ -39,7 +39,9 @@ def call(layer, context, args, kwargs):
     Collective along the axes that shard the layer's variables and inputs, and
     along the data axis where its code needs all rows.
     """
-    if core.get_device() == "meta" or _has_symbolic_tensors(args, kwargs):
+    if core.get_device() == "meta" or released.has_symbolic_tensors(
+        args, kwargs
+    ):
         return Operation.__call__(layer, *args, **kwargs)
     function = functools.partial(_call, layer, context)
     if not modes.calls and context.has_layouts:
@@ -58,14 +60,6 @@ def call(layer, context, args, kwargs):
     return function(args, kwargs)
 
 
-def _has_symbolic_tensors(args, kwargs):
-    # Keras's looks into what is nested, and takes ten times as long.
-    for x in (*args, *kwargs.values()):
-        if x is not None and not isinstance(x, (torch.Tensor, bool)):
-            return any_symbolic_tensors(args, kwargs)
-    return False
-
-
 def _call_outermost(context, function, args, kwargs):
     with operators.on_shards(context), unshard.forward_pass(context):
         return function(args, kwargs)
@@ -79,13 +73,13 @@ def _call(layer, context, args, kwargs):
         ):
             if context.model_mesh is None and projection.is_plain(layer, args):
                 return projection.project_plain(layer, *args)
-            return Operation.__call__(layer, *args, **kwargs)
+            return released.call(layer, args, kwargs)
         style = plan.style_of(layer, context)
         if style is None and not layer._layers and _handed_shards(args, kwargs):
             style = styles.GENERAL
         if style is None:
             with on_plain_tensors():
-                outputs = Operation.__call__(layer, *args, **kwargs)
+                outputs = released.call(layer, args, kwargs)
         else:
             if type(style) is not styles.ShardedStyle and borders.is_seen():
                 # They know rows in dim 0 alone: see `borders.call_layer`.

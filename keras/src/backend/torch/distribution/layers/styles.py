@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from keras.src import tree
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows.carrier import local_of
+from keras.src.backend.torch.distribution.layers import released
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh.context import logger
 from keras.src.backend.torch.distribution.modes import on_dtensors
@@ -21,7 +22,6 @@ from keras.src.backend.torch.distribution.modes import on_weights_gathered_once
 from keras.src.backend.torch.distribution.modes import on_whole_weights
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.tensors import sharded
-from keras.src.ops.operation import Operation
 
 
 class ShardedStyle(ParallelStyle):
@@ -66,7 +66,7 @@ class ShardedStyle(ParallelStyle):
         """The layer's outputs, computed whole on every process."""
         args, kwargs = tree.map_structure(activations.whole, (args, kwargs))
         with on_whole_weights():
-            return Operation.__call__(layer, *args, **kwargs)
+            return released.call(layer, args, kwargs)
 
     def __repr__(self):
         axes = {name: layout.axes for name, layout in self.layouts.items()}
@@ -83,7 +83,7 @@ class RecurrentStyle(ShardedStyle):
     def call(self, layer, context, args, kwargs):
         args, kwargs = tree.map_structure(activations.whole, (args, kwargs))
         with on_weights_gathered_once():
-            return Operation.__call__(layer, *args, **kwargs)
+            return released.call(layer, args, kwargs)
 
 
 def reads_as_released(layer):
@@ -134,7 +134,7 @@ def _call_sharded(layer, context, args, kwargs):
         lambda x: activations.enter(x, context.model_mesh), (args, kwargs)
     )
     with on_dtensors():
-        outputs = Operation.__call__(layer, *args, **kwargs)
+        outputs = released.call(layer, args, kwargs)
     return tree.map_structure(activations.leave, outputs)
 
 
