@@ -53,6 +53,7 @@ class LayoutMap(upstream.LayoutMap):
         super().__init__(device_mesh)
         # Keys by the paths that were asked for, and those that were warned of.
         self._keys, self._warned = {}, set()
+        self.lays_out_outputs = False
 
     @classmethod
     def auto(
@@ -124,16 +125,16 @@ class LayoutMap(upstream.LayoutMap):
                 f"none: {error}. Received: key={key!r}, layout={layout}"
             ) from error
         super().__setitem__(key, layout)
-        self._keys.clear()
+        self._have_changed()
 
     def __delitem__(self, key):
         super().__delitem__(key)
-        self._keys.clear()
+        self._have_changed()
 
-    @property
-    def lays_out_outputs(self):
-        """Whether a key is of an output, that a program may be handed cut."""
-        return any(key.endswith("/output") for key in self)
+    def _have_changed(self):
+        self._keys.clear()
+        # Whether a key is of an output, that a program may be handed cut.
+        self.lays_out_outputs = any(key.endswith("/output") for key in self)
 
     def key_of(self, path):
         """The key that a path matches, None if there is none.

@@ -11,6 +11,7 @@ from keras.src.backend.common.stateless_scope import in_stateless_scope
 from keras.src.backend.torch import core as upstream
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes
+from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.global_rows import carrier
 from keras.src.backend.torch.distribution.gradients.reducer import keep_plain
 from keras.src.backend.torch.distribution.mesh import agreement
@@ -28,9 +29,18 @@ from keras.src.backend.torch.distribution.variables import storage
 from keras.src.backend.torch.distribution.variables import streams
 from keras.src.backend.torch.distribution.variables import unshard
 
-__all__ = ["Variable", "convert_to_numpy", "remat", "vectorized_map"]
+__all__ = [
+    "Variable",
+    "convert_to_numpy",
+    "convert_to_tensor",
+    "remat",
+    "vectorized_map",
+]
+
+TENSORS = (torch.Tensor, torch.nn.Parameter, DTensor)
 
 released_convert_to_numpy = upstream.convert_to_numpy
+released_convert_to_tensor = upstream.convert_to_tensor
 released_remat = upstream.remat
 released_vectorized_map = upstream.vectorized_map
 released_variable = upstream.Variable
@@ -192,6 +202,18 @@ class Variable(upstream.Variable):
         else:
             super()._direct_assign(sharded.whole(value))
 
+    @property
+    def value(self):
+        # As released Keras's, which makes a function at each read.
+        value = self._value
+        if (
+            value is None
+            or in_stateless_scope()
+            or upstream.get_device() == "meta"
+        ):
+            return released_variable.value.fget(self)
+        return self._maybe_autocast(value)
+
     def _maybe_autocast(self, value):
         value = super()._maybe_autocast(value)
         if _code_sees_global_batch():
@@ -226,6 +248,25 @@ class Variable(upstream.Variable):
 
 def _code_sees_global_batch():
     return modes.modes.step is not None and not modes.modes.known
+
+
+def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
+    """As Keras's, which asks a tensor three times where it is, and moves it
+    there. Each question passes the modes that torch's functions pass."""
+    if isinstance(x, released_variable) and not (sparse or ragged):
+        x = x.value
+    if (
+        type(x) in TENSORS
+        and not (sparse or ragged)
+        and not torch.compiler.is_compiling()
+    ):
+        with private.without_torch_functions():
+            device, own = str(x.device), x.dtype
+        if device == upstream.get_device() and (
+            dtype is None or own == upstream.to_torch_dtype(dtype)
+        ):
+            return x
+    return released_convert_to_tensor(x, dtype, sparse, ragged)
 
 
 def convert_to_numpy(x):

@@ -116,6 +116,18 @@ def store_of_all():
     return _get_default_store()
 
 
+def local_tensor(x):
+    """What this process holds of a DTensor, without autograd; shares its
+    memory. `to_local` says the same under `no_grad`, in four times the time,
+    but for parameters: those it gives a view that is a parameter too."""
+    local = x._local_tensor
+    if type(local) is torch.Tensor:
+        return local
+    # It may be on its way.
+    with torch.no_grad():
+        return x.to_local()
+
+
 def join_fake_group(world_size, rank):
     """Makes this process one of a group whose others are not there. torch's
     own tests do it so."""

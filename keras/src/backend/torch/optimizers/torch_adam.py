@@ -11,6 +11,7 @@ from torch.optim.adam import adam
 
 from keras.src import ops
 from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.variables import reading
 from keras.src.backend.torch.optimizers import torch_adam as upstream
 
 __all__ = ["Adam"]
@@ -25,8 +26,8 @@ class Adam(upstream.Adam):
         if self.amsgrad:
             slots.append(self._velocity_hats)
         indices = [self._get_variable_index(v) for v in variables]
-        values = [v.value for v in variables]
-        slots = [[slot[i].value for i in indices] for slot in slots]
+        values = reading.values_of(variables)
+        slots = [reading.values_of([s[i] for i in indices]) for s in slots]
         grads = [grad.contiguous() for grad in grads]
         if not _takes(values, grads, *slots):
             super()._parallel_update_step(grads, variables, learning_rate)

@@ -24,6 +24,29 @@ def read_stored(variable):
     return value
 
 
+def values_of(variables):
+    """What an optimizer reads of variables, as `[v.value for v in variables]`.
+
+    Does not communicate in an optimizer's update.
+
+    Args:
+        variables: list of those that it updates, or of its own.
+    """
+    if get_autocast_scope() or in_stateless_scope():
+        return [v.value for v in variables]
+    if modes.shows is Shows.LOCAL:
+        return [
+            sharded.local_of(v._value)
+            if isinstance(v._value, DTensor)
+            else v._value
+            for v in variables
+        ]
+    return [
+        v._value if type(v._value) is torch.nn.Parameter else v.value
+        for v in variables
+    ]
+
+
 def operand_of(variable, context):
     """`unshard.operand` of a variable.
 
