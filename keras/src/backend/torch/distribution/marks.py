@@ -47,6 +47,7 @@ UNSHARDED = "_keras_unsharded"  # its `resharding.Unsharded`, and its index
 # ---- on a tensor
 
 REQUESTED = "_keras_requested_layout"  # a program asked for this layout
+DUE = "_keras_due"  # `GradientSum`: what the gradient of a tensor is due for
 COLUMN_INPUT = "_keras_column_input"  # weak dict: what column layers share
 GRADIENT = "_keras_gradient"  # its gradient and its rows, read as global rows
 FOLLOWED = "_keras_followed"  # `GlobalTensor`s that share its memory

@@ -17,6 +17,7 @@ from keras.src.backend.torch.distribution.ops import contraction
 from keras.src.backend.torch.distribution.ops import linear
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.variables import reading
+from keras.src.backend.torch.distribution.variables import resharding
 from keras.src.backend.torch.distribution.variables import unshard
 
 # Activations of single numbers: they may be computed on any shard.
@@ -157,9 +158,11 @@ def _project_at_once(layer, inputs, kernel, bias, plan):
         bias = unshard.stored_or_operand(bias, context, layer.bias)
     with private.without_torch_functions():
         x, _ = activations.local(inputs, mesh)
-        x = contraction.column_input(x, inputs, product.columns, mesh)
+        x, due = contraction.column_input(
+            x, inputs, product.columns, map(mesh.get_group, product.columns)
+        )
         groups = [mesh.get_group(axis) for axis in product.sums]
-        y = linear.linear(x, kernel, bias, product.contracted, groups)
+        y = linear.linear(x, kernel, bias, product.contracted, groups, due)
         shape = plan.letters.output_shape(
             inputs.shape, layer._kernel._shape, y.shape
         )
@@ -229,14 +232,14 @@ def project(layer, inputs, context):
     )
     placements = cut.placements
     if cut.sums:
-        y = _contract(layer, cut.x, cut.kernel, None)
+        y = _contract(layer, cut, None)
         y = cut.reduced(y, activations.requested(context, y.ndim))
         bias = _bias(layer, context, placements, letters)
         if bias is not None:
             y = y + bias
     else:
         bias = _bias(layer, context, placements, letters)
-        y = _contract(layer, cut.x, cut.kernel, bias)
+        y = _contract(layer, cut, bias)
     shape = letters.output_shape(inputs.shape, layer._kernel.shape, y.shape)
     mesh = context.model_mesh
     return _activated(layer.activation, y, mesh, placements, shape)
@@ -252,7 +255,19 @@ def _activated(activation, y, mesh, placements, shape):
     return activations.leave(activation(y))
 
 
-def _contract(layer, x, kernel, bias):
+def _contract(layer, cut, bias):
+    if (
+        not cut.is_gathered
+        or torch.compiler.is_compiling()
+        or private.is_in_transform()
+    ):
+        return _contracted(layer, cut.x, cut.kernel, bias)
+    # Of what was gathered, autograd saves the shard.
+    with resharding.saving_no_weights():
+        return _contracted(layer, cut.x, cut.kernel, bias)
+
+
+def _contracted(layer, x, kernel, bias):
     if layer_equation(layer) is None:
         return torch.nn.functional.linear(x, kernel.t(), bias)
     y = torch.einsum(layer.equation, x, kernel)

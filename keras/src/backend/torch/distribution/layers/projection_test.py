@@ -1,12 +1,19 @@
+import threading
+import types
+import weakref
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor import Shard
 
 from keras.src import layers
 from keras.src.backend.torch.distribution.layers import projection
 from keras.src.backend.torch.distribution.mesh import context as context_lib
+from keras.src.backend.torch.distribution.ops import contraction
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.distribution.distribution_lib import DeviceMesh
@@ -285,3 +292,61 @@ def test_layers_that_read_their_kernel_otherwise(fake_world, change):
     assert not style.applies(layer, [torch.ones(3, 6), None])
     change(layer)
     assert not style.applies(layer, [torch.ones(3, 6)])
+
+
+class Memory:
+    pass
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+@pytest.mark.parametrize("double", [False, True])
+def test_gathered_input_is_not_kept_for_backward(
+    on_threads, monkeypatch, rows, double
+):
+    """Of a sequence that is cut, layers see all, and autograd saves a part."""
+    torch.manual_seed(0)
+    x, kernels = torch.randn(3, rows, 4), torch.randn(2, 4, 5)
+    layer = types.SimpleNamespace(equation="abc,cd->abd")
+    gathers = []
+    gather_each = collectives.gather_each
+
+    def count(x, group):
+        gathers.append(threading.get_ident())
+        return gather_each(x, group)
+
+    monkeypatch.setattr(collectives, "gather_each", count)
+
+    def run(is_gathered):
+        group = dist.group.WORLD
+        ours = collectives.shard_of(x, 1, group).clone().requires_grad_()
+        mine = kernels.clone().requires_grad_()
+        inputs = torch.empty(x.shape)
+        column, _ = contraction._column_input(
+            ours, 1, inputs, (("column", 0),), group
+        )
+        # What lives as long as the memory of what was gathered.
+        memory = column.untyped_storage().memory = Memory()
+        is_alive = weakref.ref(memory)
+        cuts = [
+            contraction.Operands(
+                column, kernel, [Replicate()], [], None, is_gathered
+            )
+            for kernel in mine
+        ]
+        results = [projection._contract(layer, cut, None) for cut in cuts]
+        del column, cuts, memory
+        assert (is_alive() is None) == is_gathered
+        loss = (results[0] * results[1].tanh()).square().sum()
+        before = gathers.count(threading.get_ident())
+        grads = torch.autograd.grad(loss, (ours, mine), create_graph=double)
+        counted = gathers.count(threading.get_ident()) - before
+        if double:
+            penalty = sum(grad.square().sum() for grad in grads)
+            grads = torch.autograd.grad(penalty, (ours, mine))
+        return grads, counted
+
+    for kept in on_threads(WORLD, lambda rank: (run(False), run(True))):
+        (expected, kept_gathers), (grads, gathers_again) = kept
+        torch.testing.assert_close(grads, expected)
+        # Once for both.
+        assert kept_gathers == 0 and gathers_again == 1

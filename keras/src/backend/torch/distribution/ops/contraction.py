@@ -88,12 +88,13 @@ class Operands:
         x, kernel: plain tensors, our shards.
         placements: those of the result once it is summed, one for each axis.
         sums: axes of `mesh` to sum the result over.
+        is_gathered: whether `x` may bear the mark of `GatheredAgain`.
     """
 
-    def __init__(self, x, kernel, placements, sums, mesh):
+    def __init__(self, x, kernel, placements, sums, mesh, is_gathered=False):
         self.x, self.kernel = x, kernel
         self.placements, self.sums = placements, sums
-        self.mesh = mesh
+        self.mesh, self.is_gathered = mesh, is_gathered
 
     def reduced(self, y, requested=None):
         """The sum of the results; `placements` say how it is laid out.
@@ -251,7 +252,9 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
     for axis, each in enumerate(plans):
         if each.is_column:
             steps += (("column", axis),)
-            x = _column_input(x, each.column_dim, inputs, steps, groups[axis])
+            x, _ = _column_input(
+                x, each.column_dim, inputs, steps, groups[axis]
+            )
     for each, group in zip(plans, groups):
         if each.cuts_input is not None:
             x = collectives.Slice.apply(x, each.cuts_input, group)
@@ -263,6 +266,7 @@ def operands(inputs, kernel, kernel_placements, shape, letters, mesh):
         [each.placement for each in plans],
         [axis for axis, each in enumerate(plans) if each.sums],
         mesh,
+        any(each.column_dim is not None for each in plans),
     )
 
 
@@ -270,7 +274,7 @@ def _gather(x, dim, inputs, group):
     return collectives.AllGather.apply(x, dim, inputs.shape[dim], group)
 
 
-def column_input(x, inputs, axes, mesh):
+def column_input(x, inputs, axes, groups):
     """A whole input of which these axes compute parts of the outputs.
 
     Collective along them in backward: the gradient is a sum.
@@ -278,17 +282,23 @@ def column_input(x, inputs, axes, mesh):
     Args:
         x: plain tensor, our shard.
         inputs: what it is the shard of, which other layers may share.
-        axes: axes of `mesh`.
+        axes: axes of the mesh.
+        groups: their process groups.
+
+    Returns:
+        The input, and the `collectives.GradientSum` that its gradient is due
+        for. None where there is no sum, or one after another.
     """
-    steps = ()
-    for axis in axes:
+    steps, due = (), None
+    for axis, group in zip(axes, groups):
         steps += (("column", axis),)
-        x = _column_input(x, None, inputs, steps, mesh.get_group(axis))
-    return x
+        x, due = _column_input(x, None, inputs, steps, group)
+    return x, due if len(axes) == 1 else None
 
 
 def _column_input(x, x_dim, inputs, steps, group):
-    """The whole input, whose gradient is a sum over processes.
+    """The whole input, whose gradient is a sum over processes; and what it is
+    due for, or None.
 
     Layers that share an input (query, key and value) share this too, so that
     the gradient is summed once for all of them. It lives while the layer that
@@ -296,9 +306,9 @@ def _column_input(x, x_dim, inputs, steps, group):
     may be a view, which keeps the input: both would stay for ever.
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
-        if x_dim is None:
-            return x
-        return collectives.all_gather(x, x_dim, inputs.shape[x_dim], group)
+        if x_dim is not None:
+            x = collectives.all_gather(x, x_dim, inputs.shape[x_dim], group)
+        return x, None
     shared = inputs.__dict__.setdefault(
         marks.COLUMN_INPUT, weakref.WeakValueDictionary()
     )
@@ -306,15 +316,21 @@ def _column_input(x, x_dim, inputs, steps, group):
     result = shared.get(key)
     if result is None:
         if x_dim is None:
-            result = collectives.AllReduceGradient.apply(x, group)
+            due = collectives.GradientSum(group)
+            result = collectives.AllReduceGradient.apply(x, group, due)
+            setattr(result, marks.DUE, due)
         else:
-            result = collectives.AllGatherPartial.apply(
-                x, x_dim, inputs.shape[x_dim], group
-            )
+            how = x_dim, inputs.shape[x_dim], group
+            result = collectives.AllGatherPartial.apply(x, *how)
+            if not torch.compiler.is_compiling():
+                collectives.GatheredAgain(x, *how).mark(result)
         shared[key] = result
         if modes.shared is not None and not torch.compiler.is_compiling():
             modes.shared.append(result)
-    return result
+    due = getattr(result, marks.DUE, None)
+    if due is not None:
+        due.users += 1
+    return result, due
 
 
 def dim_of(placement):

@@ -111,10 +111,11 @@ def may_run(x):
     )
 
 
-def linear(x, kernel, bias, contracted, groups):
+def linear(x, kernel, bias, contracted, groups, due=None):
     """x W + b of local shards.
 
-    Collective along `groups`.
+    Collective along `groups`; in backward along the group that the gradient
+    of `x` is due for a sum over.
 
     Args:
         x: plain tensor, our shard.
@@ -122,25 +123,28 @@ def linear(x, kernel, bias, contracted, groups):
             data axis cuts. The bias may be None.
         contracted: int, how many dims are summed over.
         groups: process groups over which the product is summed.
+        due: the `collectives.GradientSum` of `x`, or None.
 
     Returns:
         Plain tensor, our shard.
     """
-    return Linear.apply(x, kernel, bias, contracted, groups)
+    return Linear.apply(x, kernel, bias, contracted, groups, due)
 
 
 class Linear(torch.autograd.Function):
     """Sum over processes of x W, plus b.
 
-    Backward: the gradient of the input is our addend, or our part.
+    Backward: the gradient of the input is our addend, or our part. If nobody
+    else adds to it, it is summed while that of the weight is computed.
 
-    Collective along the groups in forward; under `create_graph=True` in the
+    Collective along the groups in forward; along the one of that sum in
+    backward; under `create_graph=True` in the
     backward of backward.
     """
 
     @staticmethod
-    def forward(ctx, x, kernel, bias, contracted, groups):
-        ctx.contracted, ctx.groups = contracted, groups
+    def forward(ctx, x, kernel, bias, contracted, groups, due):
+        ctx.contracted, ctx.groups, ctx.due = contracted, groups, due
         ctx.layouts = _layout_of(kernel), _layout_of(bias)
         w, b = _local(kernel), _local(bias)
         ctx.save_for_backward(x, kernel)
@@ -174,14 +178,19 @@ class Linear(torch.autograd.Function):
             for group in ctx.groups:
                 grad = collectives.AllReduceGradient.apply(grad, group)
         grad = _rows(grad, outputs)
+        work = None
         if ctx.needs_input_grad[0]:
             grads[0] = (grad @ _matrix(w, n).t()).view(x.shape)
+            if ctx.due is not None:
+                work = ctx.due.begin(grads[0])
         if ctx.needs_input_grad[1]:
             grads[1] = (_rows(x, n).t() @ grad).view(w.shape)
+        if work is not None:
+            work.wait()
         for i, layout in enumerate(ctx.layouts, 1):
             if layout is not None and grads[i] is not None:
                 grads[i] = layout.carry(grads[i])
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _layout_of(x):

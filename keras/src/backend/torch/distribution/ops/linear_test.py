@@ -87,3 +87,58 @@ def test_rows_of_a_kernel(on_threads):
             torch.testing.assert_close(parts[0], whole)
         else:
             torch.testing.assert_close(torch.cat(parts, dim), whole)
+
+
+@pytest.mark.parametrize("users", [1, 2])
+def test_gradient_of_an_input_is_summed_while_another_is_computed(
+    on_threads, monkeypatch, users
+):
+    """Each process holds some of the outputs; several layers may share x."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(5, 4), torch.randn(users, 4, 7)
+    sums = []
+    all_reduce = dist.all_reduce
+
+    def count(tensor, *args, async_op=False, **kwargs):
+        sums.append(async_op)
+        return all_reduce(tensor, *args, async_op=async_op, **kwargs)
+
+    monkeypatch.setattr(dist, "all_reduce", count)
+
+    def run(rank):
+        start, stop = collectives.shard_range(7, WORLD, rank)
+        inputs = x.clone().requires_grad_()
+        kernels = kernel[..., start:stop].clone().requires_grad_()
+        results = []
+        for _ in range(2):
+            whole, due = inputs * 1, None
+            loss = 0.0
+            for i in range(users):
+                column, due = contraction.column_input(
+                    whole, whole, (0,), (dist.group.WORLD,)
+                )
+                y = linear.linear(column, kernels[i], None, 1, (), due)
+                loss = loss + y.square().sum()
+            # The kernels' alone, then all: what has been summed early in one
+            # pass is no excuse for the next.
+            torch.autograd.grad(loss, kernels, retain_graph=True)
+            for _ in range(2):
+                results += torch.autograd.grad(
+                    loss, (inputs, kernels), retain_graph=True
+                )
+        return results
+
+    x.requires_grad_()
+    kernel.requires_grad_()
+    loss = (x @ kernel).square().sum()
+    grad_x, grad_kernel = torch.autograd.grad(loss, (x, kernel))
+    for rank, results in enumerate(on_threads(WORLD, run)):
+        start, stop = collectives.shard_range(7, WORLD, rank)
+        for i in range(0, 8, 2):
+            torch.testing.assert_close(results[i], grad_x)
+            torch.testing.assert_close(
+                results[i + 1], grad_kernel[..., start:stop]
+            )
+    assert all(sums) == (users == 1)
+    if users == 2:
+        assert not any(sums) and len(sums) == 4 * WORLD

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from keras.src.backend.torch.distribution import marks
+
 # What both gloo and NCCL send in torch 2.13. Other numbers travel as bytes.
 SENT = {
     torch.bfloat16,
@@ -148,24 +150,63 @@ class AllReduce(torch.autograd.Function):
         return grad, None
 
 
+class GradientSum:
+    """A sum over processes that the gradient of a tensor is due for.
+
+    The function that alone makes this gradient may begin with the sum while it
+    computes others.
+
+    Args:
+        group: process group.
+
+    Attributes:
+        users: int, how many functions have taken the tensor.
+        is_done: whether the gradient that is on its way has been summed.
+    """
+
+    def __init__(self, group):
+        self.group = group
+        self.users, self.is_done = 0, False
+
+    def begin(self, grad):
+        """Sums a gradient in place; returns what is to be waited for, or None
+        where others make parts of the gradient too.
+
+        Collective along the group.
+        """
+        if self.users > 1 or torch.is_grad_enabled():
+            return None
+        self.is_done = True
+        return dist.all_reduce(grad, group=self.group, async_op=True)
+
+
 class AllReduceGradient(torch.autograd.Function):
     """A whole tensor that each process uses a part of the weights on:
-    identity forward, all-reduce backward."""
+    identity forward, all-reduce backward.
+
+    Args of `apply`:
+        x: tensor.
+        group: process group.
+        due: the `GradientSum` that users of the result may begin, or None.
+    """
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
+    def forward(ctx, x, group, due=None):
+        ctx.group, ctx.due = group, due
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
         grad = whole_gradient(grad)
         if torch.is_grad_enabled():
-            return AllReduce.apply(grad.clone(), ctx.group), None
+            return AllReduce.apply(grad.clone(), ctx.group), None, None
+        if ctx.due is not None and ctx.due.is_done:
+            ctx.due.is_done = False
+            return grad, None, None
         # In place: what comes from our own products is nobody else's.
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
-        return grad, None
+        return grad, None, None
 
 
 class AllGather(torch.autograd.Function):
@@ -194,7 +235,8 @@ class AllGatherPartial(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, size, group):
         ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, size, group)
+        # Or each product that needs it so would make, and save, a copy.
+        return all_gather(x, dim, size, group).contiguous()
 
     @staticmethod
     def backward(ctx, grad):
@@ -204,6 +246,52 @@ class AllGatherPartial(torch.autograd.Function):
         else:
             grad = reduce_scatter(grad, ctx.dim, ctx.group)
         return grad, *(None,) * 3
+
+
+class GatheredAgain:
+    """What has been gathered, for autograd to ask for again.
+
+    See `resharding`: where its hooks are on, what autograd saves of a tensor
+    that bears this mark is the shard, and how to gather it.
+
+    Args:
+        x: plain tensor, our shard.
+        dim, size, group: of `all_gather`.
+    """
+
+    is_kept = False
+
+    def __init__(self, x, dim, size, group):
+        self.x, self.version = x.detach(), x._version
+        self.arguments = dim, size, group
+        self.packs = {}  # 0 -> how often autograd has saved it
+        self.whole, self.due = None, 0
+
+    def mark(self, whole):
+        """Lets the hooks know what has been gathered, and views of it."""
+        setattr(whole.untyped_storage(), marks.UNSHARDED, (self, 0))
+
+    def again(self, index, kept):
+        """The whole tensor, gathered once for all that was saved of it.
+
+        Collective along the group: every process of it calls it, as backward
+        has the same graph on all.
+        """
+        if self.x._version != self.version:
+            raise RuntimeError(
+                "What is needed for gradient computation has been modified by "
+                "an inplace operation after a layer was called with it. "
+                f"Received: a shard of shape {tuple(self.x.shape)} at version "
+                f"{self.x._version}; expected version {self.version}"
+            )
+        if not self.due:
+            self.whole = all_gather(self.x, *self.arguments).contiguous()
+            self.due = self.packs[index]
+        whole = self.whole
+        self.due -= 1
+        if not self.due:
+            self.whole = None
+        return whole
 
 
 class ReduceScatter(torch.autograd.Function):
