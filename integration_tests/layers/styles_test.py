@@ -222,9 +222,10 @@ def test_sequence_parallelism_scatters_what_it_sums():
     # The tokens and the row layer; the column layer.
     assert counted.forward == {"reduce_scatter": 2, "all_gather": 1}
     assert counted.forward_bytes["reduce_scatter"] == 4 * tokens * (4 + 5)
-    # Of the two reductions and, as it is half, of the column layer; and the
-    # gradients of weights that all shards of the sequence use.
-    assert counted.backward["all_gather"] == 2
+    # Of the two reductions, and what the column layer has gathered, again: it
+    # is not kept. As it is half, of the column layer; and the gradients of
+    # weights that all shards of the sequence use.
+    assert counted.backward["all_gather"] == 3
     assert counted.backward["reduce_scatter"] == 1
     assert counted.backward_bytes["reduce_scatter"] == 4 * tokens * 4
     weights = 4 + 4 + 5  # of the norm, and the bias of the row layer
