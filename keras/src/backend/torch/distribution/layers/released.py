@@ -2,9 +2,8 @@
 
 import functools
 
-import torch
-
 from keras.src.backend.common.keras_tensor import any_symbolic_tensors
+from keras.src.ops.concrete import is_concrete
 from keras.src.ops.operation import Operation
 from keras.src.utils import traceback_utils
 
@@ -29,17 +28,10 @@ def call(layer, args, kwargs):
 
 
 def has_symbolic_tensors(args, kwargs):
-    """As `any_symbolic_tensors`, which takes ten times as long."""
-    if all(map(_is_concrete, args)) and all(map(_is_concrete, kwargs.values())):
+    """As `any_symbolic_tensors`."""
+    if all(map(is_concrete, args)) and all(map(is_concrete, kwargs.values())):
         return False
     return any_symbolic_tensors(args, kwargs)
-
-
-def _is_concrete(x):
-    """Whether `x` is a tensor, None, a bool, or a list or tuple of such."""
-    if type(x) in (list, tuple):
-        return all(map(_is_concrete, x))
-    return x is None or isinstance(x, (torch.Tensor, bool))
 
 
 def _raise_with_arguments(layer, error, args, kwargs):

@@ -35,6 +35,11 @@ from keras.src.backend.torch.distribution.tensors import trials
 logger = logging.getLogger("keras.distribution")
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+# Most arguments are of one of these.
+HOLD_NO_SHARD = PLAIN | {
+    *(bool, int, float, str, type(None)),
+    *(torch.dtype, torch.device),
+}
 
 # They ask what a tensor is, and touch no number.
 QUESTIONS = frozenset(
@@ -179,6 +184,10 @@ def _are_plain(types, args, kwargs):
     """Whether there is no shard among arguments. Most calls end here."""
     if not PLAIN.issuperset(types):
         return False
+    if HOLD_NO_SHARD.issuperset(map(type, args)) and (
+        not kwargs or HOLD_NO_SHARD.issuperset(map(type, kwargs.values()))
+    ):
+        return True
     # A DTensor has no function of its own, and is not among the types.
     for x in args:
         if isinstance(x, (DTensor, list, tuple)):
