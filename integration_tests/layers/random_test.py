@@ -12,6 +12,7 @@ from integration_tests.harness import parity
 from keras import layers
 from keras import ops
 from keras.src import tree
+from keras.src.backend.torch.distribution.variables import drawing as parts
 
 
 def run(program, distribution=None):
@@ -221,6 +222,7 @@ def losses(distribution=None):
                 layers.Dropout(0.3, seed=5),
                 layers.AlphaDropout(0.1),
                 layers.Dropout(0.2, noise_shape=(1, None)),
+                layers.Dropout(0.2, noise_shape=(None, 1), seed=7),
                 drawing_noise(),
                 layers.Dense(3, name="head"),
             ]
@@ -247,9 +249,12 @@ def drawing_noise():
 
 
 @pytest.mark.world(2, 4)
-def test_drawing_for_the_global_batch(world_size):
+@pytest.mark.parametrize("smallest", [parts.SMALLEST, 4])
+def test_drawing_for_the_global_batch(world_size, smallest, monkeypatch):
     """One device's losses on any mesh, with all that is random."""
     expected = parity.on_one_device(losses)
+    # Masks of more numbers are drawn in parts.
+    monkeypatch.setattr(parts, "SMALLEST", smallest)
     layouts = {
         ".*column/kernel": (None, "model"),
         ".*row/kernel": ("model", "batch"),

@@ -25,9 +25,9 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
 from keras.src.backend.torch.distribution.mesh import rows as rows_lib
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.modes import modes
+from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import drawing
-from keras.src.backend.torch.distribution.variables import storage
 from keras.src.random.seed_generator import SeedGenerator
 
 # Keras's functions of this module take their seeds from `draw_seed`.
@@ -186,40 +186,66 @@ def dropout(inputs, rate, noise_shape=None, seed=None):
             # Torch's global generator must stay the same on all processes,
             # also where shards have different numbers of rows.
             seed = int(torch.randint(1 << 31, ()).item())
-    if local:
-        draw = functools.partial(_mask_of_all_rows, batch, local)
-    elif isinstance(inputs, DTensor):
-        draw = _mask
-    else:
+    if not local and not isinstance(inputs, DTensor):
         return released_dropout(inputs, rate, noise_shape, seed)
-    if not isinstance(inputs, DTensor):
-        return inputs * draw(inputs, rate, noise_shape, seed)
-    inputs = sharded.reduced(inputs)
-    mask = draw(inputs, rate, noise_shape, seed)
-    return inputs * storage.shard(mask, inputs.device_mesh, inputs.placements)
+    shape = list(inputs.shape)
+    ranges = [(0, size) for size in shape]
+    if isinstance(inputs, DTensor):
+        inputs = sharded.reduced(inputs)
+        ranges = laid_out.ranges(laid_out.layout_of(inputs))
+    if local:
+        if noise_shape is not None and noise_shape[0] == shape[0]:
+            noise_shape = (batch.total, *noise_shape[1:])
+        shape[0] = batch.total
+        ranges[0] = tuple(local.start + i for i in ranges[0])
+    part = drawing.Part(shape, ranges)
+    mask = _own_mask(part, inputs, rate, noise_shape, seed)
+    if isinstance(inputs, DTensor):
+        mask = sharded.wrap(
+            mask, inputs.device_mesh, inputs.placements, tuple(inputs.shape)
+        )
+    return inputs * mask
 
 
-def _mask(like, rate, noise_shape, seed, rows=None):
-    """What one device multiplies an activation with.
+def _own_mask(part, like, rate, noise_shape, seed):
+    """Our part of what one device multiplies an activation with.
+
+    Drawn without the rest on the host, if it is large; else of the whole.
 
     Args:
-        like: the activation, plain or a DTensor, of the global shape.
+        part: the `drawing.Part` of the whole activation that we have.
+        like: the activation, for its dtype and device.
         rate, noise_shape, seed: as of `dropout`.
-        rows: optional int, how many rows it is of in place of those of `like`.
     """
-    shape = tuple(like.shape)
-    if rows is not None:
-        if noise_shape is not None and noise_shape[0] == shape[0]:
-            noise_shape = (rows, *noise_shape[1:])
-        shape = (rows, *shape[1:])
-    ones = torch.ones(shape, dtype=like.dtype, device=like.device)
-    return released_dropout(ones, rate, noise_shape, seed)
+    is_drawn = _is_unseeded(seed) and noise_shape is None
+    noise = _part_of_noise(part, noise_shape)
+    if (
+        noise is not None
+        and like.device.type == get_device() == "cpu"
+        and drawing.can_drop(noise, not is_drawn)
+    ):
+        generator = None if is_drawn else upstream.torch_seed_generator(seed)
+        mask = drawing.dropout(generator, noise, like.dtype, rate)
+        return mask.expand(part.local_shape)
+    ones = torch.ones(part.shape, dtype=like.dtype, device=like.device)
+    mask = released_dropout(ones, rate, noise_shape, seed)
+    # A copy: a view would keep the whole until backward.
+    return mask[tuple(slice(*pair) for pair in part.ranges)].clone(
+        memory_format=torch.contiguous_format
+    )
 
 
-def _mask_of_all_rows(batch, local, like, rate, noise_shape, seed):
-    """As `_mask`: drawn for the global batch, of which `local` rows are
-    kept."""
-    return _mask(like, rate, noise_shape, seed, batch.total)[local]
+def _part_of_noise(part, noise_shape):
+    """The `drawing.Part` of what is drawn for ours, None if it is not known."""
+    if noise_shape is None:
+        return part
+    if len(noise_shape) != len(part.shape):
+        return None
+    shape, ranges = [], []
+    for size, whole, pair in zip(noise_shape, part.shape, part.ranges):
+        shape.append(whole if size is None else size)
+        ranges.append(pair if shape[-1] == whole else (0, shape[-1]))
+    return drawing.Part(shape, ranges)
 
 
 def _is_unseeded(seed):

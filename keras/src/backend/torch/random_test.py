@@ -11,6 +11,7 @@ from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes as modes_lib
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.tensors import sharded
+from keras.src.backend.torch.distribution.variables import drawing
 from keras.src.utils import rng_utils
 
 
@@ -119,12 +120,30 @@ def test_state_stays_equal_with_different_numbers_of_rows(in_a_layer, make):
     assert following[0] == following[1]
 
 
-def test_dropout_of_a_shard_is_its_part_of_one_mask(fake_world):
+@pytest.mark.parametrize("way", ["whole", "own", "another_torch"])
+@pytest.mark.parametrize(
+    "seed, noise_shape",
+    [(None, None), (1, None), (1, (4, 1)), (1, (None, 6))],
+)
+def test_dropout_of_a_shard_is_its_part_of_one_mask(
+    fake_world, monkeypatch, seed, noise_shape, way
+):
+    monkeypatch.setattr(drawing, "SMALLEST", 1 if way != "whole" else 100)
+    if way == "another_torch":
+        monkeypatch.setattr(drawing, "_drops_as_torch", lambda _: False)
+    drawn = []
+    dropout = drawing.dropout
+    monkeypatch.setattr(
+        drawing, "dropout", lambda *args: drawn.append(1) or dropout(*args)
+    )
     x = torch.ones(4, 6)
-    expected = random.dropout(x, 0.5, seed=1)
+    rng_utils.set_random_seed(3)
+    expected = random.dropout(x, 0.5, noise_shape, seed=seed)
+    after = torch.get_rng_state()
     pieces = []
     for rank in range(2):
         fake_world(2, rank)
+        rng_utils.set_random_seed(3)
         mesh = torch.distributed.init_device_mesh(
             "cpu", (2,), mesh_dim_names=("model",)
         )
@@ -136,10 +155,12 @@ def test_dropout_of_a_shard_is_its_part_of_one_mask(fake_world):
         local = sharded.wrap(torch.ones(4, 3), mesh, (Shard(1),), (4, 6))
         modes.calls += 1
         try:
-            y = random.dropout(local, 0.5, seed=1)
+            y = random.dropout(local, 0.5, noise_shape, seed=seed)
         finally:
             modes.calls -= 1
             global_state.set_global_attribute("distribution", None)
         assert y.placements == (Shard(1),)
+        assert torch.equal(torch.get_rng_state(), after)
         pieces.append(sharded.local_of(y))
-    torch.testing.assert_close(torch.cat(pieces, 1), expected)
+    assert torch.equal(torch.cat(pieces, 1), expected)
+    assert len(drawn) == (2 if way == "own" else 0)

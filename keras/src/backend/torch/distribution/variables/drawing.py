@@ -1,4 +1,4 @@
-"""Initial values, of which each process draws what it stores.
+"""Initial values and dropout, of which each process draws what it stores.
 
 torch's generator of the host gives one number after the other, so a process
 runs through the numbers of the whole value, keeps those that are its own, and
@@ -85,6 +85,11 @@ class Uniform:
     def __init__(self, generator, size, dtype):
         self._stepping = _Stepping(generator, dtype)
         self._dtype = dtype
+        self._size = size
+
+    def end(self):
+        """Leaves the generator as one that has drawn all numbers."""
+        self._stepping.step_to(self._size)
 
     def read(self, start, stop):
         """The numbers from `start` to `stop`, in a new 1-D tensor."""
@@ -219,6 +224,63 @@ def truncated_normal(generator, part, dtype, mean, stddev):
         return x.gather(-1, first).squeeze(-1).mul_(stddev).add_(mean)
 
     return _read_box(read, part, dtype)
+
+
+def dropout(generator, part, dtype, rate):
+    """Our part of what dropout makes of ones, on the host.
+
+    Args:
+        generator: `torch.Generator` of the host, None for torch's global one,
+            which goes on as if all of it was drawn.
+        part: the `Part`.
+        dtype: of the ones.
+        rate: float.
+    """
+    keep = 1.0 - rate
+    numbers = _numbers_of_dropout(generator, math.prod(part.shape))
+
+    def read(start, stop):
+        return numbers.read(start, stop) < keep
+
+    mask = _read_box(read, part, torch.bool)
+    if generator is None:
+        numbers.end()
+    return mask.to(dtype).div_(keep)
+
+
+def _numbers_of_dropout(generator, size):
+    """What is compared with the share that is kept. Keras draws with its own
+    generators from a tensor of this share, and else from the number."""
+    if generator is None:
+        return Uniform(torch.default_generator, size, torch.float64)
+    return Uniform(generator, size, torch.float32)
+
+
+def can_drop(part, has_generator):
+    """As `can_draw`, for `dropout`."""
+    return math.prod(part.shape) >= SMALLEST and _drops_as_torch(has_generator)
+
+
+@functools.cache
+def _drops_as_torch(has_generator):
+    """Whether this torch drops by uniform numbers: on some hosts another
+    library draws for it."""
+    size, keep = 5 * BLOCK + 3, 0.7
+    ours, torchs = _seeded(), _seeded()
+    if has_generator:
+        dtype = torch.float32
+        expected = torch.full((size,), keep, device="cpu")
+        expected = torch.bernoulli(expected, generator=torchs)
+    else:
+        dtype = torch.float64
+        expected = torch.empty(size, device="cpu")
+        expected.bernoulli_(keep, generator=torchs)
+    mask = Uniform(ours, size, dtype).read(0, size) < keep
+    return (
+        torch.equal(mask, expected.bool())
+        and torch.equal(ours.get_state(), torchs.get_state())
+        and is_as_torch_draws(Uniform, dtype)
+    )
 
 
 def can_draw(numbers, part, dtype):

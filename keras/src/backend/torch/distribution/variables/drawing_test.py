@@ -145,6 +145,27 @@ def test_another_torch_draws_whole(monkeypatch):
         drawing.is_as_torch_draws.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", [None, 7])
+def test_parts_of_dropout(seed, shape, dtype, small):
+    rng = np.random.default_rng(math.prod(shape))
+    has_generator = seed is not None
+    ones = torch.ones(shape, dtype=getattr(torch, dtype))
+    for part in parts(shape, rng):
+        assert drawing.can_drop(part, has_generator) == (ones.numel() >= 16)
+        keras.utils.set_random_seed(3)
+        whole = random.dropout(ones, 0.3, seed=seed)
+        after = torch.get_rng_state()
+        keras.utils.set_random_seed(3)
+        generator = torch.Generator().manual_seed(7) if has_generator else None
+        actual = drawing.dropout(generator, part, ones.dtype, 0.3)
+        expected = whole[tuple(slice(*pair) for pair in part.ranges)]
+        assert actual.dtype == ones.dtype
+        assert torch.equal(actual, expected), part.ranges
+        assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_other_draws_meanwhile_are_whole():
     part = drawing.Part((300, 301), [(100, 200), (0, 301)])
     with modes.drawing_part(part):
