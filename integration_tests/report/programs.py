@@ -86,6 +86,10 @@ def accumulating():
     return gpt(keras.optimizers.SGD(gradient_accumulation_steps=2))
 
 
+def muon():
+    return gpt(keras.optimizers.Muon(0.01))
+
+
 def convolutions():
     x = inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, padding="same", name="conv_a")(x)
@@ -141,6 +145,7 @@ PROGRAMS = {
     "gpt, both": (gpt, text, (2, 2), BOTH),
     "gpt, clipped": (clipped, text, (2, 2), BOTH),
     "gpt, accumulated": (accumulating, text, (2, 2), BOTH),
+    "gpt, Muon": (muon, text, (2, 2), BOTH),
     "gpt, sequence parallel": (gpt, text, (2, 2), SEQUENCE),
     "gpt, data parallel": (gpt, text, (4, 1), {}),
     "gpt, own loss": (own_loss, text, (2, 2), TENSOR),

@@ -10,6 +10,9 @@ import keras
 from integration_tests.harness import parity
 from keras import layers
 from keras import optimizers
+from keras.src.backend.torch.distribution.report.collectives import (
+    CollectiveCounter,
+)
 
 STEPS = 3
 LAYOUTS = {
@@ -305,3 +308,49 @@ def test_gradients_may_be_arrays(world_size):
         ),
         parity.run(program, make_layer),
     )
+
+
+@pytest.mark.world(2, 4)
+def test_matrices_are_computed_by_one_process_each(world_size):
+    """Muon's: each goes there and back, as many at the same time as there are
+    processes; what Adam updates does not travel."""
+    shapes = [(8, 12), (9, 7), (5, 3), (1, 4), (6, 6)]
+    layouts = {
+        "embedding": ("model", None),
+        "0|2|3": ("batch", None),
+        "1|4": (None, "batch"),
+        "vector": ("batch",),
+    }
+
+    def program(matrices):
+        optimizer = optimizers.Muon(0.1, nesterov=False)
+        optimizer.build(matrices)
+        counted = []
+        for i in range(2):
+            gradients = [v * (i + 1) / 2 for v in matrices]
+            with CollectiveCounter() as counter:
+                optimizer.apply(gradients, matrices)
+            counted.append(counter)
+        return matrices, counted
+
+    def make():
+        rng = np.random.default_rng(3)
+        values = [rng.standard_normal(shape) for shape in shapes]
+        values += [rng.standard_normal((6, 2)), rng.standard_normal(9)]
+        names = [*map(str, range(len(shapes))), "embedding", "vector"]
+        return [
+            keras.Variable(value, name=name)
+            for value, name in zip(values, names)
+        ]
+
+    expected, _ = parity.on_one_device(lambda: program(make()))
+    for shape in [(world_size, 1), (2, world_size // 2)]:
+        with parity.model_parallel(shape, layouts).scope():
+            actual, counters = program(make())
+            parity.assert_same(
+                [keras.ops.convert_to_numpy(v) for v in actual],
+                [keras.ops.convert_to_numpy(v) for v in expected],
+            )
+        rounds = -(-len(shapes) // world_size)
+        for counter in counters:
+            assert +counter.calls == {"all_to_all": 2 * rounds}

@@ -1,8 +1,10 @@
-"""Optimizers that ask for norms of whole variables, on local shards.
+"""Optimizers that ask for more than single entries, on local shards.
 
-They compute what Keras's `update_step` computes, for all variables together, so
-that sums over shards travel together: one all-reduce for Lamb, two for
-Adafactor, of one number a variable, and Adafactor's of its rows and columns.
+Muon asks for whole matrices: see `by_matrices`. The others ask for norms of
+whole variables. They compute what Keras's `update_step` computes, for all
+variables together, so that sums over shards travel together: one all-reduce for
+Lamb, two for Adafactor, of one number a variable, and Adafactor's of its rows
+and columns.
 """
 
 import torch
@@ -13,6 +15,7 @@ from keras.src.backend.torch.distribution.tensors import laid_out
 from keras.src.backend.torch.distribution.tensors import sharded
 from keras.src.backend.torch.distribution.variables import storage
 from keras.src.backend.torch.distribution.variables import weight_sums
+from keras.src.backend.torch.optimizers import by_matrices
 
 
 def update_of(optimizer, variables):
@@ -20,6 +23,7 @@ def update_of(optimizer, variables):
     # They are imported after this file.
     from keras.src.optimizers.adafactor import Adafactor
     from keras.src.optimizers.lamb import Lamb
+    from keras.src.optimizers.muon import Muon
 
     plain = []
     if type(optimizer) is Lamb:
@@ -28,6 +32,8 @@ def update_of(optimizer, variables):
     elif type(optimizer) is Adafactor:
         update = _adafactor
         alike, plain = [optimizer._v], [optimizer._r, optimizer._c]
+    elif type(optimizer) is Muon:
+        update, alike = by_matrices.muon, [optimizer.momentums]
     else:
         return None
     stored = [variable._value for variable in variables]

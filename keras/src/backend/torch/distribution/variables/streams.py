@@ -6,6 +6,7 @@ receives the next one.
 """
 
 import collections
+import functools
 import math
 
 import ml_dtypes
@@ -126,17 +127,27 @@ def _as_numpy(x):
     return x.numpy()
 
 
-def boxes(layout):
-    """The part of each process that somebody has to send: dict from ranks to
-    pairs of start and stop for each dim. Of equal parts, that of the process
-    that writes, or of the first one."""
+def ranges_of_all(layout):
+    """The part of each process: dict from ranks to pairs of start and stop for
+    each dim."""
     mesh = layout.mesh.mesh
-    shape = tuple(layout.mesh.shape)
-    pairs = cuts.from_placements(layout.placements, shape)
+    return _ranges_of_all(
+        tuple(mesh.flatten().tolist()),
+        tuple(mesh.shape),
+        tuple(layout.placements),
+        tuple(layout.shape),
+    )
+
+
+# An optimizer asks in each step.
+@functools.lru_cache(maxsize=1024)
+def _ranges_of_all(ranks, mesh_shape, placements, shape):
+    mesh = torch.tensor(ranks, device="cpu").view(mesh_shape)
+    pairs = cuts.from_placements(placements, mesh_shape)
     found = {}
-    for rank in sorted(mesh.flatten().tolist()):
+    for rank in sorted(ranks):
         position = (mesh == rank).nonzero()[0].tolist()
-        box = [(0, size) for size in layout.shape]
+        box = [(0, size) for size in shape]
         for dim, axis in pairs:
             line = list(position)
             line[axis] = slice(None)
@@ -147,7 +158,16 @@ def boxes(layout):
                 after - first, len(peers), peers.index(rank)
             )
             box[dim] = first + start, first + stop
-        found.setdefault(tuple(box), rank)
+        found[rank] = tuple(box)
+    return found
+
+
+def boxes(layout):
+    """The part of each process that somebody has to send, as `ranges_of_all`.
+    Of equal parts, that of the process that writes, or of the first one."""
+    found = {}
+    for rank, box in ranges_of_all(layout).items():
+        found.setdefault(box, rank)
     return {rank: box for box, rank in found.items()}
 
 
