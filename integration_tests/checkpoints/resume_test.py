@@ -1,6 +1,8 @@
 """A `fit` that was broken off goes on as if it had not been."""
 
+import csv
 import os
+import pathlib
 import signal
 
 import numpy as np
@@ -107,17 +109,38 @@ class Interrupt(callbacks.Callback):
             raise KeyError("interrupted")
 
 
+def logger(folder):
+    """A callback that writes rows beside a folder."""
+    return callbacks.CSVLogger(f"{folder}.csv")
+
+
+def rows_of(folder):
+    """Header and numbers of the rows that were written, on all processes."""
+    everyone.gather(None)
+    header, *rows = csv.reader(pathlib.Path(f"{folder}.csv").open())
+    return header, [[float(x.replace("NA", "nan")) for x in r] for r in rows]
+
+
+def assert_same_rows(actual, expected):
+    (header, rows), (expected_header, expected_rows) = actual, expected
+    assert header == expected_header
+    # Sums of a metric are added up in another order.
+    np.testing.assert_allclose(rows, expected_rows, 1e-6)
+
+
 def fit(source, folder, *others, **options):
     """Trains a new model. Returns its history, and the weights."""
     options = {"save_freq": 2, **options}
     model = make_model()
     checkpoint = callbacks.ShardedCheckpoint(folder, **options)
-    history = model.fit(
+    recorded = model.fit(
         **SOURCES[source](),
         epochs=EPOCHS,
         verbose=0,
-        callbacks=[checkpoint, *others],
-    ).history
+        callbacks=[checkpoint, logger(folder), *others],
+    )
+    history = recorded.history
+    assert recorded.epoch == list(range(EPOCHS))
     distribution = keras.distribution.distribution()
     if isinstance(distribution, keras.distribution.ModelParallel):
         assert isinstance(model.get_layer("up").kernel._value, DTensor)
@@ -132,26 +155,27 @@ def test_as_if_it_had_not_been_broken_off(name, source, rank, tmp_path):
     with parity.fresh(make_distribution(name), 5):
         history, expected = fit(source, tmp_path / "whole")
     assert all(np.isfinite(w).all() for w in expected)
-    for stop in (3, 6, 7):
+    # The first has written a row of an epoch that is trained again.
+    for stop, save_freq in ((5, 3), (6, 2), (7, 2)):
         folder = tmp_path / str(stop)
         with parity.fresh(make_distribution(name), 5):
             with pytest.raises(KeyError):
-                fit(source, folder, Interrupt(stop))
+                fit(source, folder, Interrupt(stop), save_freq=save_freq)
             everyone.gather(None)
         # Another program, that draws otherwise until it goes on.
         with parity.fresh(make_distribution(name), 6):
-            rest, weights = fit(source, folder)
+            again, weights = fit(source, folder, save_freq=save_freq)
         for a, b in zip(weights, expected):
             np.testing.assert_array_equal(a, b)
-        for key, values in rest.items():
-            # Sums of a metric are added up in another order.
-            parity.assert_same(values, history[key][-len(values) :], 1e-6)
+        # Sums of a metric are added up in another order.
+        parity.assert_same(again, history, 1e-6)
+        assert_same_rows(rows_of(folder), rows_of(tmp_path / "whole"))
 
 
 def test_epochs_and_the_best(rank, tmp_path):
     options = {"save_freq": "epoch", "max_to_keep": None}
     with parity.fresh(make_distribution("data"), 5):
-        _, expected = fit("arrays", tmp_path / "whole", **options)
+        whole, expected = fit("arrays", tmp_path / "whole", **options)
     with parity.fresh(make_distribution("data"), 5):
         with pytest.raises(KeyError):
             fit("arrays", tmp_path / "part", Interrupt(7), **options)
@@ -165,7 +189,8 @@ def test_epochs_and_the_best(rank, tmp_path):
     # At its end nothing is left to be trained.
     with parity.fresh(make_distribution("data"), 6):
         history, weights = fit("arrays", tmp_path / "part", **options)
-    assert history == {}
+    parity.assert_same(history, whole, 1e-6)
+    assert_same_rows(rows_of(tmp_path / "part"), rows_of(tmp_path / "whole"))
     for a, b in zip(weights, expected):
         np.testing.assert_array_equal(a, b)
     with parity.fresh(make_distribution("data"), 5):
@@ -355,12 +380,14 @@ def fit_with_backup(folder, before=(), after=()):
     """
     model = make_model()
     backup = callbacks.BackupAndRestore(folder, delete_checkpoint=False)
-    model.fit(
+    recorded = model.fit(
         **SOURCES["arrays"](),
         epochs=EPOCHS,
         verbose=0,
-        callbacks=[*before, backup, *after],
+        callbacks=[*before, backup, logger(folder), *after],
     )
+    assert recorded.epoch == list(range(EPOCHS))
+    assert {len(v) for v in recorded.history.values()} == {EPOCHS}
     return model.get_weights()
 
 
@@ -375,6 +402,7 @@ def test_backup_and_restore(rank, tmp_path):
     with parity.fresh(make_distribution("data"), 6):
         for a, b in zip(fit_with_backup(tmp_path / "part"), expected):
             np.testing.assert_array_equal(a, b)
+    assert_same_rows(rows_of(tmp_path / "part"), rows_of(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2])

@@ -8,6 +8,7 @@ import functools
 from keras.src import utils
 from keras.src.api_export import keras_export
 from keras.src.callbacks import callback_list as upstream
+from keras.src.callbacks.csv_logger import CSVLogger
 from keras.src.callbacks.history import History
 from keras.src.callbacks.progbar_logger import ProgbarLogger
 from keras.src.distribution import processes
@@ -57,6 +58,9 @@ class CallbackList(upstream.CallbackList):
             self.callbacks = others + last
             for callback in last:
                 callback.others = others
+        for callback in self.callbacks:
+            if isinstance(callback, CSVLogger):
+                callback.is_followed = bool(last)
 
     # Under a distribution collective if any process has a callback: every
     # process calls its list's methods, though callbacks may differ.

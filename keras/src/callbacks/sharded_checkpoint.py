@@ -23,9 +23,9 @@ class ShardedCheckpoint(MonitorCallback):
     whatever number of processes, and goes on as an undisturbed run does.
 
     It has what other callbacks count too: `EarlyStopping` with its best
-    weights, `ReduceLROnPlateau`, `ModelCheckpoint`, and those that have
-    `state_dict()`, of which JSON is made, and `load_state_dict(state)`. It runs
-    after all of them.
+    weights, `ReduceLROnPlateau`, `ModelCheckpoint`, `History`, how far the
+    file of a `CSVLogger` was, and those that have `state_dict()`, of which JSON
+    is made, and `load_state_dict(state)`. It runs after all of them.
 
     A program that is killed at any moment leaves the checkpoints before whole.
     At SIGTERM (a machine that is taken away) a last one is written, at the end

@@ -1,9 +1,9 @@
 """What callbacks count, for a training that goes on from a file.
 
-A file has numbers of Keras's own callbacks, and the best weights that
-`EarlyStopping` keeps, as arrays; of other callbacks what their `state_dict()`
-gives, of which JSON can be made, for their `load_state_dict(state)`. Process 0
-writes it, and all read it.
+A file has numbers of Keras's own callbacks, what `History` has recorded, and
+the best weights that `EarlyStopping` keeps, as arrays; of other callbacks what
+their `state_dict()` gives, of which JSON can be made, for their
+`load_state_dict(state)`. Process 0 writes it, and all read it.
 """
 
 import json
@@ -12,7 +12,9 @@ import warnings
 import ml_dtypes
 import numpy as np
 
+from keras.src import backend
 from keras.src.callbacks.early_stopping import EarlyStopping
+from keras.src.callbacks.history import History
 from keras.src.callbacks.model_checkpoint import ModelCheckpoint
 from keras.src.callbacks.reduce_lr_on_plateau import ReduceLROnPlateau
 from keras.src.callbacks.swap_ema_weights import SwapEMAWeights
@@ -49,6 +51,8 @@ def get(callbacks):
             # Of numpy's numbers too, as they come from logs.
             said = json.dumps(callback.state_dict(), default=_as_python)
             state["own"] = json.loads(said)
+        if isinstance(callback, History):
+            state["history"] = _recorded(callback)
         weights = getattr(callback, "best_weights", None)
         if isinstance(callback, EarlyStopping) and weights is not None:
             state["weights"] = []
@@ -77,13 +81,21 @@ def set(callbacks, states, read):
             setattr(callback, attribute, value)
         if "own" in state and _is_own(callback):
             callback.load_state_dict(state["own"])
+        if "history" in state and isinstance(callback, History):
+            callback.epoch = state["history"]["epoch"]
+            callback.history = state["history"]["history"]
         if "weights" in state:
             callback.best_weights = [
                 _array(read(f"{name}/{i}"), dtype, shape)
                 for i, (dtype, shape) in enumerate(state["weights"])
             ]
     lacking = sorted(states.keys() - named.keys())
-    new = sorted(named.keys() - states.keys())
+    new = sorted(
+        name
+        for name in named.keys() - states.keys()
+        # A file of old may have none.
+        if not isinstance(named[name], History)
+    )
     if lacking or new:
         warnings.warn(
             f"Training goes on with other callbacks than it began with: {new} "
@@ -111,7 +123,11 @@ def _named(callbacks):
     monitors, and which one of these it is."""
     counts = {}
     for callback in callbacks:
-        if _counts(callback) or _is_own(callback):
+        if (
+            _counts(callback)
+            or _is_own(callback)
+            or isinstance(callback, History)
+        ):
             kind = type(callback).__name__, getattr(callback, "monitor", "")
             number = counts[kind] = counts.get(kind, -1) + 1
             yield ":".join((*kind, str(number))), callback
@@ -130,6 +146,22 @@ def _is_own(callback):
     )
 
 
+def _recorded(history):
+    """What a `History` has recorded, of which JSON can be made."""
+    recorded = {}
+    for name, values in history.history.items():
+        try:
+            recorded[name] = json.loads(json.dumps(values, default=_as_python))
+        except TypeError:
+            warnings.warn(
+                "JSON is made of the logs of a training that may go on, so "
+                f"where it does the history of '{name}' begins anew. Received: "
+                f"a value of type {type(values[-1]).__name__}",
+                stacklevel=5,
+            )
+    return {"epoch": list(history.epoch), "history": recorded}
+
+
 def _plain(callback, name):
     value = getattr(callback, name)
     if value is None or isinstance(value, (bool, int)):
@@ -138,6 +170,8 @@ def _plain(callback, name):
 
 
 def _as_python(value):
+    if backend.is_tensor(value):
+        value = backend.convert_to_numpy(value)
     if isinstance(value, (np.generic, np.ndarray)):
         return value.tolist()
     raise TypeError(
