@@ -20,7 +20,7 @@ class TorchTrainer(upstream.TorchTrainer):
     ...
 ```
 
-So is one module of KerasHub, which writes files beside a model's (`ELSEWHERE`).
+So are modules of KerasHub, which write files beside a model's (`ELSEWHERE`).
 
 PyTorch calls `install` at the end of `import torch` (the entry point group
 `torch.backends`). Keras imports torch before it imports anything of its torch
@@ -39,7 +39,10 @@ from importlib.machinery import SourceFileLoader
 KERAS_VERSION = "3.15.1"
 ROOT = pathlib.Path(__file__).parent
 # By the module that they amend, files for another package than Keras.
-ELSEWHERE = {"keras_hub.src.utils.preset_utils": "hub_presets"}
+ELSEWHERE = {
+    "keras_hub.src.utils.preset_utils": "hub_presets",
+    "keras_hub.src.utils.transformers.export.hf_exporter": "hub_exports",
+}
 
 
 def install():

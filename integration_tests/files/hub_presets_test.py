@@ -1,7 +1,12 @@
 """KerasHub's presets: process 0 writes them, each process reads its part."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
+import torch
+from torch.distributed.tensor import DTensor
 
 import keras
 from integration_tests.harness import everyone
@@ -71,4 +76,80 @@ def test_what_fails_on_one_fails_on_all(rank, tmp_path):
         (tmp_path / "file").write_text("")
         path = tmp_path / ("other" if rank else "file") / "preset"
         outcomes = everyone.outcomes(lambda: task.save_to_preset(str(path)))
+    assert outcomes[0] == outcomes[1] != "done"
+
+
+def make_language_model():
+    words = ["<|endoftext|>", *"abcd"]
+    tokenizer = keras_hub.models.GPT2Tokenizer(
+        vocabulary={word: i for i, word in enumerate(words)}, merges=[]
+    )
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=len(words),
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=6,
+        intermediate_dim=10,
+        max_sequence_length=7,
+    )
+    return keras_hub.models.GPT2CausalLM(
+        backbone,
+        keras_hub.models.GPT2CausalLMPreprocessor(tokenizer, sequence_length=4),
+    )
+
+
+EXPORT_LAYOUTS = {
+    "both": (
+        (2, 1),
+        {".*(query|value)/kernel": ("batch", None, None)},
+    ),
+    "model": (
+        (1, 2),
+        {
+            ".*feedforward_intermediate_dense/kernel": (None, "model"),
+            ".*token_embedding/embeddings": ("model", None),
+        },
+    ),
+    "data": ((2, 1), {}),
+}
+
+
+@pytest.fixture
+def safetensors(monkeypatch):
+    """What KerasHub takes of it for torch: sizes of dtypes."""
+    package = types.ModuleType("safetensors")
+    package.torch = types.ModuleType("safetensors.torch")
+    package.torch._SIZE = {torch.float32: 4}
+    monkeypatch.setitem(sys.modules, "safetensors", package)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package.torch)
+
+
+@pytest.mark.parametrize("name", EXPORT_LAYOUTS)
+def test_export_to_transformers(name, rank, tmp_path, safetensors):
+    """The files of one device, written once."""
+    folders = tmp_path / "one", tmp_path / f"rank{rank}"
+    with parity.fresh(None, 3):
+        if rank == 0:
+            make_language_model().export_to_transformers(str(folders[0]))
+        everyone.gather(None)
+    with parity.fresh(parity.model_parallel(*EXPORT_LAYOUTS[name]), 3):
+        task = make_language_model()
+        assert (name == "data") != any(
+            isinstance(v._value, DTensor) for v in task.variables
+        )
+        task.export_to_transformers(str(folders[1]))
+        everyone.gather(None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "rank0"]
+    expected, actual = [
+        {path.name: path.read_bytes() for path in (tmp_path / n).iterdir()}
+        for n in ("one", "rank0")
+    ]
+    assert {"config.json", "model.safetensors", "vocab.json"} <= set(expected)
+    assert actual == expected
+    # A backbone alone, and a folder that is a file on the one that writes.
+    path = tmp_path / (f"other{rank}" if rank else "rank0/config.json")
+    with parity.fresh(parity.model_parallel(*EXPORT_LAYOUTS[name]), 3):
+        outcomes = everyone.outcomes(
+            lambda: task.backbone.export_to_transformers(str(path))
+        )
     assert outcomes[0] == outcomes[1] != "done"
