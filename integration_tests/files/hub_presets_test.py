@@ -70,6 +70,39 @@ def test_save_and_load(name, max_shard_size, rank, tmp_path):
     np.testing.assert_allclose(one[0], expected, atol=1e-5)
 
 
+def test_a_preset_that_is_not_written_leaves_the_old_one(
+    rank, tmp_path, monkeypatch
+):
+    """Broken off with its last file; then another takes its place."""
+    path = tmp_path / "preset"
+    with parity.fresh(keras.distribution.DataParallel(), 3):
+        make_task().save_to_preset(str(path), max_shard_size=2e-4)
+        everyone.gather(None)
+        (path / "of others").write_text("of others")
+        old = {each.name: each.read_bytes() for each in path.iterdir()}
+        everyone.gather(None)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                keras_hub.models.ResNetImageClassifierPreprocessor,
+                "save_to_preset",
+                None,
+            )
+            outcomes = everyone.outcomes(
+                lambda: make_task().save_to_preset(str(path))
+            )
+        assert "TypeError" in outcomes[0]
+        for name, content in old.items():
+            assert (path / name).read_bytes() == content, name
+        assert [each.name for each in tmp_path.iterdir()] == ["preset"]
+        everyone.gather(None)
+        task = make_task()
+        task.save_to_preset(str(path), max_shard_size=2e-4)
+        assert set(old) <= {each.name for each in path.iterdir()}
+        loaded = keras_hub.models.ImageClassifier.from_preset(str(path))
+        for ours, theirs in zip(loaded.weights, task.weights):
+            np.testing.assert_array_equal(ours, theirs)
+
+
 def test_what_fails_on_one_fails_on_all(rank, tmp_path):
     with parity.fresh(keras.distribution.DataParallel(), 3):
         task = make_task()

@@ -5,9 +5,16 @@ leaves whole files too.
 """
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import re
+import shutil
+import sys
+
+# Linux's, of `renameat2`.
+HERE, EXCHANGE = -100, 2
 
 CONFIG, LIST, SHARD = "config.json", ".weights.json", ".weights.h5"
 # In the name of a file that is put beside an old one.
@@ -20,8 +27,9 @@ def move(source, destination):
     One file takes the place of another at once, and so does a list of files
     with all that it names. A program that is killed leaves the old ones or the
     new ones, and perhaps others that no list names, most of which the next call
-    removes. Of a model in a folder, whose configuration or assets change, it
-    leaves one that does not load, if it is killed while files are moved.
+    removes. A folder of a model takes the place of the old one at once too, on
+    Linux; where the file system cannot exchange folders, and configuration or
+    assets change, it is one that does not load while files are moved.
 
     Args:
         source, destination: `pathlib.Path` of folders on one file system.
@@ -43,9 +51,12 @@ def move(source, destination):
 def _move_model(source, destination):
     """Moves the files of a model into its folder.
 
-    They are read by its configuration. Where that stays what it is, each file
-    takes the place of its old one; else it is away until the others are there.
+    The folder takes the place of the old one. Where that cannot be: the files
+    are read by its configuration; where that stays what it is, each of them
+    takes the place of its old one, else it is away until the others are there.
     """
+    if _exchange_folders(source, destination):
+        return
     paths = sorted(source.rglob("*"))
     config = destination / CONFIG
     stays = config.is_file() and (
@@ -62,6 +73,61 @@ def _move_model(source, destination):
     sync_names(destination)
     os.replace(source / CONFIG, config)
     sync_names(destination)
+
+
+def _exchange_folders(source, destination):
+    """Puts a folder in the place of another, at once; returns whether the
+    system can.
+
+    It gets all files that only the other has, but those of a set that is
+    replaced. The other is in its place then.
+    """
+    destination = destination.resolve()
+    old, new = destination.stat(), source.stat()
+    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+        return False
+    try:
+        _link_others(destination, source)
+        shutil.copymode(destination, source)
+        sync_names(source)
+        _exchange(source, destination)
+    except OSError:
+        return False
+    sync_names(destination.parent)
+    sync_names(source.parent)
+    return True
+
+
+def _link_others(source, destination):
+    """Gives a folder the files that another has, and it has not."""
+    replaced = {
+        name
+        for path in destination.glob(f"*{LIST}")
+        for name in _named_by(source / path.name)
+    }
+    for path in source.iterdir():
+        target = destination / path.name
+        if path.is_dir() and not path.is_symlink():
+            if not target.exists():
+                target.mkdir()
+                shutil.copymode(path, target)
+            if target.is_dir():
+                _link_others(path, target)
+        elif path.name not in replaced and not os.path.lexists(target):
+            os.link(path, target, follow_symlinks=False)
+    sync_names(destination)
+
+
+def _exchange(one, other):
+    """Exchanges what two paths name."""
+    if sys.platform != "linux":
+        raise OSError(errno.ENOSYS, "no exchange of folders")
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(errno.ENOSYS, "no exchange of folders")
+    paths = HERE, os.fsencode(one), HERE, os.fsencode(other)
+    if rename(*paths, EXCHANGE):
+        raise OSError(ctypes.get_errno(), "folders are not exchanged", one)
 
 
 def _move_set(source, destination):

@@ -1,11 +1,14 @@
 import json
 import os
+import shutil
+import sys
 
 import numpy as np
 import pytest
 
 import keras
 from keras.src.distribution import replacing
+from keras.src.distribution.replacing import CONFIG
 
 
 class Killed(BaseException):
@@ -97,11 +100,67 @@ def write_model(folder, value, config, assets=None):
     return folder.parent
 
 
+def read_all(folder):
+    return {
+        str(path.relative_to(folder)): path.read_text()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged")
+@pytest.mark.parametrize(
+    "config, assets", [("same", None), ("other", None), ("same", "a")]
+)
+def test_a_folder_is_replaced_at_once(config, assets, tmp_path, monkeypatch):
+    destination, exchange = tmp_path / "there", replacing._exchange
+    (tmp_path / "link").symlink_to(destination)
+    for count in range(20):
+        write_model(destination, "1", "same")
+        write_set(destination / "m", "1", 3)
+        (destination / "m" / "assets" / "old").write_text("of the old one")
+        (destination / "m" / "of others").write_text("of others")
+        (destination / "m").chmod(0o750)
+        old = read_all(destination)
+        with monkeypatch.context() as patch:
+            killed_at(patch, count)
+            link = os.link
+
+            def exchanges(*args):
+                link(destination / "m" / CONFIG, tmp_path / "none")
+                (tmp_path / "none").unlink()
+                exchange(*args)
+
+            patch.setattr(replacing, "_exchange", exchanges)
+            try:
+                new = write_model(tmp_path / "2", "2", config, assets)
+                write_set(new / "m", "2", 2)
+                expected = {**old, **read_all(new)}
+                del expected["m/m_00002.weights.h5"]
+                replacing.move(new, tmp_path / "link")
+                is_done = True
+            except Killed:
+                is_done = False
+        found = read_all(destination)
+        assert found in ((expected,) if is_done else (old, expected))
+        assert (destination / "m").stat().st_mode & 0o777 == 0o750
+        for left in ("2", "none", "there"):
+            path = tmp_path / left
+            shutil.rmtree(path) if path.is_dir() else path.unlink(True)
+        if is_done:
+            break
+    assert is_done and count > 2
+
+
 @pytest.mark.parametrize(
     "config, assets, stays",
     [("same", None, True), ("other", None, False), ("same", "a", False)],
 )
 def test_a_folder_with_a_model(config, assets, stays, tmp_path, monkeypatch):
+    def no_exchange(*args):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(replacing, "_exchange", no_exchange)
     destination = tmp_path / "there"
     write_model(destination, "1", "same")
     for count in range(20):

@@ -77,6 +77,14 @@ class _Nothing(io.RawIOBase):
         return memoryview(data).nbytes
 
 
+def folder_beside(path):
+    """A context with an empty folder beside a path, that is removed after it.
+
+    Does not communicate.
+    """
+    return _folder(path.absolute().parent)
+
+
 @contextlib.contextmanager
 def _folder(parent):
     """A folder in `parent`, or among temporary ones where it is None."""
