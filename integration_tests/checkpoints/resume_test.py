@@ -131,12 +131,13 @@ def assert_same_rows(actual, expected):
 def fit(source, folder, *others, **options):
     """Trains a new model. Returns its history, and the weights."""
     options = {"save_freq": 2, **options}
+    verbose = options.pop("progress", 0)
     model = make_model()
     checkpoint = callbacks.ShardedCheckpoint(folder, **options)
     recorded = model.fit(
         **SOURCES[source](),
         epochs=EPOCHS,
-        verbose=0,
+        verbose=verbose,
         callbacks=[checkpoint, logger(folder), *others],
     )
     history = recorded.history
@@ -367,7 +368,12 @@ def test_preemption(asked, rank, tmp_path, capsys):
     said = capsys.readouterr().out
     assert ("SIGTERM: training ends after step 6" in said) == (rank == 0)
     with parity.fresh(make_distribution("data"), 6):
-        _, weights = fit("arrays", tmp_path / "part", **options)
+        _, weights = fit("arrays", tmp_path / "part", progress=1, **options)
+        said = capsys.readouterr().out
+        assert ("00000006: epoch 2/3, step 6" in said) == (rank == 0)
+        fit("arrays", tmp_path / "part", progress=2, **options)
+        said = capsys.readouterr().out
+        assert ("Trained 3 of 3 epochs" in said) == (rank == 0)
     for a, b in zip(weights, expected):
         np.testing.assert_array_equal(a, b)
 

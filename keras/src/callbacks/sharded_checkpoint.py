@@ -48,7 +48,8 @@ class ShardedCheckpoint(MonitorCallback):
     Args:
         directory: path to the directory where to save the checkpoints.
         monitor: The metric name to monitor (e.g., 'val_loss').
-        verbose: Verbosity mode, 0 or 1.
+        verbose: Verbosity mode, 0 or 1. Where `fit` shows its progress, it is
+            said as well from which checkpoint training goes on.
         save_best_only: if `save_best_only=True`, it only saves when the model
             is considered the "best" based on the monitored quantity.
         mode: one of {'auto', 'min', 'max'}. Used with `save_best_only`.
@@ -150,11 +151,16 @@ class ShardedCheckpoint(MonitorCallback):
         if (restored.user or {}).get("stopped"):
             callback_states.end(self, restored.path, restored.epoch)
         self._checkpoints.position_of(self.model).resume = restored.position
-        if self.verbose:
-            io_utils.print_msg(
-                f"\nGoing on from {restored.path}: epoch {restored.epoch + 1}"
-                f", step {self._steps}"
-            )
+        if self.verbose or self.params["verbose"]:
+            self._tell(restored)
+
+    def _tell(self, restored):
+        epochs, epoch = self.params["epochs"], restored.epoch
+        if epoch < epochs:
+            said = f"Going on from {restored.path}: epoch {epoch + 1}/{epochs}"
+        else:
+            said = f"Trained {epoch} of {epochs} epochs in {restored.path}"
+        io_utils.print_msg(f"\n{said}, step {self._steps}")
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch, self._batch = epoch, 0

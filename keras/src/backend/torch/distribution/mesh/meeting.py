@@ -174,7 +174,8 @@ class _Round:
             _state.lost = error
             raise ConnectionError(
                 "Another process has left, or failed, while this one waited "
-                f"for it ({place}). {watch.ADVICE}"
+                f"for it ({place}). If it was killed, or ended with an error, "
+                f"that is the reason. Else: {watch.ADVICE}"
             ) from error
         flag, failed, depth, first, last, most, least = self.numbers.tolist()
         if failed or first == -last:
