@@ -110,6 +110,17 @@ def _for_all_rows(function):
     return draw
 
 
+def _part_of_batch(context, shape):
+    """The `drawing.Part` of what is drawn for a global batch that is for our
+    rows, None where it is not drawn for that."""
+    batch = _batch(context)
+    local = batch and len(shape) and _local_rows(batch, shape[0])
+    if not local:
+        return None
+    ranges = [(local.start, local.stop), *((0, size) for size in shape[1:])]
+    return drawing.Part((batch.total, *shape[1:]), ranges)
+
+
 def _is_of_rows(parameter):
     """Whether a parameter of a draw may have an entry for each row."""
     return getattr(parameter, "ndim", 0) > 0
@@ -123,7 +134,8 @@ randint = _for_all_rows(upstream.randint)
 
 def _in_parts(function, numbers, draw):
     """A function that draws a shape: our part, where that is of a variable
-    that is sharded, and can be drawn without the whole.
+    that is sharded, or of a batch that all draw for, and can be drawn without
+    the whole.
 
     Args:
         function: of a shape, two parameters, a dtype and a seed.
@@ -134,15 +146,21 @@ def _in_parts(function, numbers, draw):
 
     @functools.wraps(function)
     def draw_part(*args, **kwargs):
+        context = current()
         part = modes.part
-        if part is None:
+        is_of_rows = part is None and _draws_for_rows(context)
+        if part is None and not is_of_rows:
             return function(*args, **kwargs)
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         shape, *parameters, dtype, seed = bound.arguments.values()
         dtype = to_torch_dtype(dtype or floatx())
+        if is_of_rows:
+            part = _part_of_batch(context, shape)
+        elif tuple(shape) != part.shape:
+            part = None
         if (
-            tuple(shape) != part.shape
+            part is None
             or any(type(x) not in (int, float) for x in parameters)
             or torch.device(get_device()).type != "cpu"
             or not drawing.can_draw(numbers, part, dtype)
