@@ -239,7 +239,7 @@ def _own_mask(part, like, rate, noise_shape, seed):
     noise = _part_of_noise(part, noise_shape)
     if (
         noise is not None
-        and like.device.type == get_device() == "cpu"
+        and like.device.type == torch.device(get_device()).type == "cpu"
         and drawing.can_drop(noise, not is_drawn)
     ):
         generator = None if is_drawn else upstream.torch_seed_generator(seed)
