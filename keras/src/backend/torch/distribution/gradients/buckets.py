@@ -93,9 +93,11 @@ class Bucket:
 
     def finish(self):
         """Waits, and gives the reduced gradients by number."""
-        self.work.wait()
+        # Let go of first: a group does not end while its work is kept.
+        work, self.work = self.work, None
+        work.wait()
         parts = list(self._parts())
-        self.work = self.buffer = None
+        self.buffer = None
         return parts
 
     def _parts(self):

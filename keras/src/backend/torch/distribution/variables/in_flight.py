@@ -127,7 +127,9 @@ class Gather:
         self._works = _gather_in_place(self._buffer, rank, group)
 
     def wait(self):
-        for work in self._works:
+        # Let go of first: a group does not end while its work is kept.
+        works, self._works = self._works, []
+        for work in works:
             work.wait()
 
     @torch.no_grad()
@@ -251,7 +253,8 @@ class Reduction:
         """
         if self._work is None:
             return
-        self._work.wait()
+        work, self._work = self._work, None
+        work.wait()
         # Over data axes that do not cut, shards are added up, small as they
         # are (hybrid sharding).
         for axis in self._context.data_axes:
@@ -265,7 +268,7 @@ class Reduction:
                 if not memory.nbytes():
                     memory.resize_(shard.numel() * shard.element_size())
                 shard.copy_(part.own(piece))
-        self._work = self._buffer = self._result = self._shards = None
+        self._buffer = self._result = self._shards = None
 
 
 def _without_memory(like, shape):
