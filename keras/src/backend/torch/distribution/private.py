@@ -7,6 +7,8 @@ these, tensors are asked for `_version` and `_base`, parameters for
 would take longer than what is done there; `private_test` looks for these too.
 """
 
+import json
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -147,6 +149,36 @@ def abort_groups():
     """Ends all process groups at once, whatever the others do. NCCL ends them
     one after the other only where all processes do."""
     _abort_process_group()
+
+
+# What torch's flight recorder has written down, by backend; a build without
+# CUDA has none of NCCL's.
+_TRACES = [
+    trace
+    for trace in (
+        getattr(torch._C._distributed_c10d, name, None)
+        for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json")
+    )
+    if trace is not None
+]
+
+
+def collective_under_way():
+    """The collective that this process has begun first of those that it still
+    waits for, such as `"all_reduce of (8, 16) float"`; None if torch has not
+    written it down. Any thread may ask."""
+    for trace in _TRACES:
+        entries = json.loads(trace(True, True)).get("entries", ())
+        for entry in entries:
+            if entry["retired"] or entry["state"] == "completed":
+                continue
+            operation = entry["profiling_name"].partition(":")[2]
+            sizes = " and ".join(
+                str(tuple(size)) for size in entry["input_sizes"]
+            )
+            kinds = ", ".join(sorted(set(entry["input_dtypes"]))).lower()
+            return f"{operation} of {sizes} {kinds}"
+    return None
 
 
 def forget_groups(mesh):

@@ -200,6 +200,13 @@ class Pass:
         if error is not None:
             raise error
 
+    def waits_for(self):
+        """What is reduced first of what is not yet, in words: `mesh.watch`."""
+        for bucket in self.schedule.started:
+            if bucket.buffer is not None:
+                return self.reducer.in_words(bucket.numbers)
+        return None
+
     def _is_as_predicted(self):
         """Whether this process has met what was predicted, and all have agreed
         on that before."""

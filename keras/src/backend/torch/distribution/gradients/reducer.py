@@ -140,6 +140,12 @@ class Reducer:
         (column,) = self._columns([number])
         self._marks[column] = 1 + zlib.crc32(described.encode()) % 255
 
+    def in_words(self, numbers):
+        """Whose gradients these are."""
+        names = [self._names[n] for n in numbers if n in self._names]
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        return f"gradients of {', '.join(names[:2])}{more}"
+
     @contextlib.contextmanager
     def accumulating(self, owed, defers):
         """Within it, gradients of several passes are reduced together.

@@ -5,7 +5,8 @@ waits: torch says nothing until its timeout, half an hour later on gloo. Here a
 thread of each process looks now and then at what the main thread does, and
 tells it to the others through a connection of its own to their store. Where
 the main thread has waited in a collective for long, one process says once what
-each of them is doing, and what to change.
+each of them is doing, and what to change. Where it waits for a process whose
+program has failed, and torch does not tell it so, the thread ends it.
 
 Nothing is wrapped and nothing counted: a step takes as long as without. That a
 thread waits is seen from its stack, which ends where torch or this project
@@ -27,6 +28,7 @@ import time
 import torch
 
 from keras.src import version
+from keras.src.backend.torch.distribution import private
 
 logger = logging.getLogger("keras.distribution")
 
@@ -45,22 +47,38 @@ LEAVES, LEFT = "keras_watch/leaves", "keras_watch/left"
 READER, VERDICT = "keras_watch/reader", "keras_watch/verdict"
 # So many looks without a sign of the reader until another takes its place.
 ABSENT = 3
+# What has ended the program of a process: see `failures`. Who waits for that
+# process all the same, for so many seconds, is ended too.
+ENDED, GRACE = "keras_failures/ended", 6.0
 
 # What programs call that communicates.
 CALLS = frozenset(
     """
     fit evaluate predict train_on_batch test_on_batch predict_on_batch
     save save_weights load_weights load_model export get_weights set_weights
-    initialize set_distribution backward convert_to_numpy
+    initialize set_distribution convert_to_numpy
     """.split()
 )
 
 
+# By what the processes do.
+ADVICE_TO_ALL = {
+    "is gone": "One that does not answer is stopped, killed, or out of reach: "
+    "what its own output says, or its host, tells why.",
+    "branches": "They are in one call, and communicate for different things: "
+    "code in it goes another way on some of them (by the process, its time, "
+    "its files, or a random number of its own), or they were handed data of "
+    "other shapes.",
+    "is slow": "One that is busy in the same call keeps the others waiting; if "
+    "it only takes long, nothing is wrong.",
+}
 ADVICE = (
     "What communicates (`fit`, `evaluate`, `predict`, `save`, reading weights) "
     "must be called by every process, in the same order and on the same data. "
     "Do not put it behind `if process_id() == 0`."
 )
+
+HINT = f" ({VARIABLE}=0 turns this off.)"
 
 # The `Watch` of this process, None without one.
 _current = [None]
@@ -77,6 +95,7 @@ def _folder(*path):
 HERE = os.path.dirname(__file__)
 TORCH = _folder(os.path.dirname(torch.__file__))
 COMMUNICATES = (_folder(TORCH, "distributed"), _folder(HERE, os.pardir))
+LAYERS = os.path.join("distribution", "layers", "execution.py")
 # This project mirrors the tree of Keras.
 KERAS = (
     _folder(os.path.dirname(version.__file__), os.pardir),
@@ -100,6 +119,15 @@ def communicates(file):
     return os.path.realpath(file).startswith(COMMUNICATES)
 
 
+def layer_of(frame):
+    """The path of the layer that is called in a frame, or None."""
+    if frame.f_code.co_name != "_call":
+        return None
+    if not frame.f_code.co_filename.endswith(LAYERS):
+        return None
+    return getattr(frame.f_locals.get("layer"), "path", None)
+
+
 class Place:
     """What a thread is doing.
 
@@ -109,16 +137,24 @@ class Place:
             are kept until the frame ends: to be asked of what stands still.
 
     Attributes:
-        line: string, the line of the user's own code.
-        call: string, what it has called of Keras, or None.
-        layer: string, the path of the layer that is called, or None.
+        line: string, the innermost line of the user's own code.
+        call: string, what was called of Keras, or None.
+        layer: string, the path of the layer that is called, or whose gradient
+            is computed, or None.
+        what: string, what is communicated for, or None.
+        collective: string, what is communicated, or None.
+        is_backward: whether it is in a backward pass.
         communicates: whether torch or this project communicates.
     """
 
     def __init__(self, frame, closely=False):
         self.line = self.call = self.layer = None
+        self.what = self.collective = None
+        self.is_backward = False
         self.communicates = communicates(frame.f_code.co_filename)
-        while frame is not None and self.line is None:
+        while frame is not None and (
+            self.line is None or (closely and self.call is None)
+        ):
             self._look_at(frame, closely)
             frame = frame.f_back
 
@@ -126,22 +162,36 @@ class Place:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
         owner = owner_of(file)
         if owner == "user":
-            self.line = f"{os.path.basename(file)}:{frame.f_lineno}"
+            if self.line is None:
+                self.line = f"{os.path.basename(file)}:{frame.f_lineno}"
         elif owner == "keras" and name in CALLS:
             # Of those of one name, the innermost tells more.
             if not (self.call or "").startswith(name):
                 self.call = name + (_progress(frame) if closely else "")
-        elif closely and name == "_call" and file.endswith("execution.py"):
-            layer = frame.f_locals.get("layer")
-            self.layer = self.layer or getattr(layer, "path", None)
+        elif name == "_engine_run_backward":
+            self.is_backward = True
+        elif closely and communicates(file):
+            self.layer = self.layer or layer_of(frame) or _forward_layer(frame)
+            waits_for = getattr(frame.f_locals.get("self"), "waits_for", None)
+            if waits_for is not None and self.what is None:
+                self.what = waits_for()
 
     def __str__(self):
         parts = [
             self.line,
             self.call and f"in `{self.call}`",
             self.layer and f"layer '{self.layer}'",
+            self.is_backward and "backward",
+            self.what,
+            self.collective,
         ]
         return ", ".join(part for part in parts if part) or "at no known line"
+
+
+def _forward_layer(frame):
+    """The layer whose gradient a function of ours computes, or None."""
+    layer = getattr(frame.f_locals.get("ctx"), "layer", None)
+    return getattr(layer, "path", None)
 
 
 def _progress(frame):
@@ -160,14 +210,17 @@ class Watch:
             made it serves the others, who ask until they leave.
         rank, world: ints, of this process, and how many there are.
         patience: float, seconds to wait before something is said.
+        timeout: float, seconds until torch ends a wait.
     """
 
-    def __init__(self, store, rank, world, patience):
+    def __init__(self, store, rank, world, patience, timeout=None):
         # The store's own connection is of one thread.
         self._server, self.store = store, store.clone()
         self.store.set_timeout(datetime.timedelta(seconds=TIMEOUT))
         self.rank, self.world = rank, world
-        self.patience = patience
+        self.patience, self.timeout = patience, timeout
+        # From when on it is said closely what the main thread waits for.
+        self._looks_closely = min(patience, (timeout or patience) / 2)
         self._thread_id = threading.main_thread().ident
         self._clock = time.pthread_getcpuclockid(self._thread_id)
         self._since, self._seen = time.monotonic(), None
@@ -181,6 +234,9 @@ class Watch:
         # How often the main thread has waited for all to come; what the reader
         # has said of itself, and for how many looks it has been the same.
         self.meetings, self._heard, self._silent = 0, "", 0
+        # What this process has failed with since all last met, and gone on;
+        # and since when the main thread waits for one that has ended.
+        self.failure, self._in_vain = None, None
         self._over = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="keras-watch", daemon=True
@@ -201,6 +257,8 @@ class Watch:
         self._over.set()
         self._thread.join(2 * TIMEOUT)
         has_failed = getattr(sys, "last_value", None) is not None
+        if is_watching and not has_failed:
+            self._say({"left": True})
         if not is_watching or has_failed or self._thread.is_alive():
             return
         try:
@@ -208,6 +266,14 @@ class Watch:
         except RuntimeError as error:
             logger.debug("The store has gone before this process: %s", error)
         self._server = None
+
+    def _say(self, more):
+        """Tells the others how often this process has looked, and more."""
+        said = {"looks": self._looks, "failure": self.failure, **more}
+        try:
+            self.store.set(KEY.format(self.rank), json.dumps(said))
+        except RuntimeError as error:
+            logger.debug("The store does not answer: %s", error)
 
     def _part(self):
         if self.rank:
@@ -242,19 +308,23 @@ class Watch:
         if (str(place), clock) != self._seen:
             self._since, self._seen = now, (str(place), clock)
         still = now - self._since if place.communicates else 0.0
-        is_still = now - self._since >= self.patience
+        is_still = now - self._since >= self._looks_closely
         if is_still:
             place = Place(frame, closely=True)
         self._looks += 1
+        waits = is_still and place.communicates
+        if waits:
+            place.collective = private.collective_under_way()
         said = {
-            "looks": self._looks,
             "place": str(place),
-            "waits": is_still and place.communicates,
+            "call": place.call,
+            "waits": waits,
             "still": still,
             "meets": self.place,
             "meetings": self.meetings,
         }
-        self.store.set(KEY.format(self.rank), json.dumps(said))
+        self._say(said)
+        self._end_with_another(now, still)
         waits_long = still >= self.patience / 2
         reads = waits_long and self._is_reader()
         if waits_long and self.place is not None:
@@ -263,12 +333,35 @@ class Watch:
             self._judge(now)
         else:
             self._stand = None
-        if not said["waits"]:
+        if not waits or still < self.patience:
             self._count, self._asked = self.store.add(COUNT, 0), None
         elif not reads:
             self._asked = None
         elif self._count is not None:
             self._ask(now)
+
+    def _end_with_another(self, now, still):
+        """Ends this process if it waits for one whose program has ended.
+
+        torch tells it so on gloo, as soon as that process has gone. On NCCL it
+        does not, nor where a thread of that process keeps it from going.
+        """
+        if still < GRACE / 2 or not self.store.check([ENDED]):
+            self._in_vain = None
+            return
+        if self._in_vain is None:
+            self._in_vain = now
+        if now - self._in_vain < GRACE / 2:
+            return
+        failure = json.loads(self.store.get(ENDED))
+        if failure["rank"] == self.rank:
+            return
+        sys.stderr.write(
+            f"[rank{self.rank}]: {failure['text']}. This process waited for "
+            "it, and ends.\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
 
     def _is_reader(self):
         """Whether this process reads what all do, for all that wait."""
@@ -307,7 +400,7 @@ class Watch:
         said = list(answers.values())
         if (
             all(
-                a["looks"] > before[rank]["looks"]
+                a["looks"] > before[rank]["looks"] and not a.get("left")
                 for rank, a in answers.items()
             )
             and all(a["still"] >= self.patience / 2 for a in said)
@@ -332,14 +425,42 @@ class Watch:
         since, before = self._asked
         if now - since < SILENCE:
             return
-        answers = {
-            rank: said
-            for rank, said in self._read().items()
-            if rank not in before or said["looks"] != before[rank]["looks"]
-        }
+        answers = _alive(before, self._read())
         if self.store.add(COUNT, 1) == self._count + 1:
             logger.warning("%s", describe(answers, self.world, self.patience))
         self._count = None
+
+    def missing(self, is_late):
+        """Why some processes do not come. Takes some seconds.
+
+        Args:
+            is_late: whether torch has waited for them for too long.
+
+        Returns:
+            String, None where all of them are there.
+        """
+        before = self._read()
+        time.sleep(3 * self._period + 1)
+        now = self._read()
+        answers = _alive(before, now)
+        if is_late:
+            # As it was: since then the program has gone on.
+            said = {rank: before[rank] for rank in answers if rank in before}
+            return describe(said, self.world, self.timeout, hint="")
+        left = [rank for rank, said in answers.items() if said.get("left")]
+        gone = [rank for rank in range(self.world) if rank not in answers]
+        if gone:
+            return (
+                f"{processes(gone).capitalize()} ended first, without an error "
+                "of Python's: killed (for want of memory?), crashed, or out of "
+                "reach. The output of that process, or its host, tells why."
+            )
+        if left:
+            return (
+                f"The program of {processes(left)} has ended, and others "
+                f"waited for it. {ADVICE}"
+            )
+        return None
 
     def _read(self):
         keys = [KEY.format(rank) for rank in range(self.world)]
@@ -348,6 +469,35 @@ class Watch:
             for rank, key in enumerate(keys)
             if self.store.check([key])
         }
+
+
+def _alive(before, now):
+    """What those say that have looked since, or have left."""
+    return {
+        rank: said
+        for rank, said in now.items()
+        if said.get("left")
+        or rank not in before
+        or said["looks"] != before[rank]["looks"]
+    }
+
+
+def who_is_missing(is_late):
+    """As `Watch.missing`; None where nobody watches."""
+    watch = _current[0]
+    return None if watch is None else watch.missing(is_late)
+
+
+def note_failure(text):
+    """Lets the others know, if they come to wait for this process, what a call
+    of Keras's has failed with that the program has gone on after.
+
+    Args:
+        text: string, or None where all have met since.
+    """
+    watch = _current[0]
+    if watch is not None:
+        watch.failure = text
 
 
 def processes(ranks):
@@ -391,38 +541,66 @@ def wait(work, place):
         watch.place = None
 
 
-def describe(answers, world, patience):
+def describe(answers, world, patience, hint=HINT):
     """The paragraph that is said.
 
     Args:
         answers: dict from ranks to what they said of themselves.
         world: int, how many processes there are.
-        patience: float, for how many seconds some have waited.
+        patience: float, for how many seconds some have waited, None for the
+            time that torch has.
+        hint: string, of what to do about being told.
     """
+    how_long = "too long" if patience is None else f"{patience:g} s"
     groups = collections.defaultdict(list)
     for rank in range(world):
-        said = answers.get(rank)
-        if said is None:
-            groups["not answering: stopped, dead, or out of reach"].append(rank)
-        else:
-            verb = "waiting" if said["waits"] else "busy"
-            groups[f"{verb}, {said['place']}"].append(rank)
+        groups[_does(answers.get(rank))].append(rank)
     lines = [f"  {processes(ranks)}: {what}" for what, ranks in groups.items()]
     return "\n".join(
         [
-            f"Processes have waited for others for {patience:g} s:",
+            f"Processes have waited for others for {how_long}:",
             *lines,
-            f"{ADVICE} ({VARIABLE}=0 turns this off.)",
+            _advice(answers, world) + hint,
         ]
     )
 
 
-def begin(store, rank, world):
+def _does(said):
+    """What a process does, in words."""
+    if said is None:
+        return "not answering: stopped, dead, or out of reach"
+    if said.get("left"):
+        return "its program has ended"
+    text = f"{'waiting' if said['waits'] else 'busy'}, {said['place']}"
+    failure = said.get("failure")
+    return text if failure is None else f"{text}, after {failure}"
+
+
+def _advice(answers, world):
+    """What to look for, by what the processes do."""
+    said = list(answers.values())
+    calls = {a.get("call") for a in said}
+    if len(said) < world:
+        kind = "is gone"
+    elif len(calls) > 1 or None in calls:
+        return ADVICE
+    elif not all(a["waits"] for a in said):
+        kind = "is slow"
+    elif len({a["place"] for a in said}) > 1:
+        kind = "branches"
+    else:
+        return ADVICE
+    return ADVICE_TO_ALL[kind]
+
+
+def begin(store, rank, world, timeout=None, most=None):
     """Starts to watch this process; returns a function that ends it.
 
     Args:
         store: the store of all processes.
         rank, world: ints, of this process, and how many there are.
+        timeout: float, seconds until torch ends a wait, if the user has set it.
+        most: float, seconds, by when who waits for whom must have been said.
     """
     try:
         patience = float(os.environ.get(VARIABLE, PATIENCE))
@@ -433,6 +611,7 @@ def begin(store, rank, world):
         ) from None
     if patience <= 0 or not hasattr(time, "pthread_getcpuclockid"):
         return lambda: None
-    watch = Watch(store, rank, world, patience)
+    patience = min(patience, most or patience)
+    watch = Watch(store, rank, world, patience, timeout)
     watch.start()
     return watch.stop

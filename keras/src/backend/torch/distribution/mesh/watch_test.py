@@ -63,3 +63,29 @@ def test_a_busy_thread_does_not_wait(caplog):
     assert seen.store.check([watch.KEY.format(0)])
     # It sleeps, and communicates with nobody.
     assert not caplog.records
+
+
+def said(place, waits=True, call="fit", **more):
+    return {"waits": waits, "place": place, "call": call, **more}
+
+
+@pytest.mark.parametrize(
+    "answers, text",
+    [
+        ({0: said("a.py:3")}, "that does not answer is stopped"),
+        ({0: said("a.py:3"), 1: said("a.py:5")}, "goes another way on some"),
+        ({0: said("a"), 1: said("b", waits=False)}, "if it only takes long"),
+        ({0: said("a"), 1: said("b", call="save")}, "process_id() == 0"),
+        ({0: said("a"), 1: {"left": True}}, "process_id() == 0"),
+    ],
+)
+def test_what_to_look_for(answers, text):
+    assert text in watch.describe(answers, 2, 1.0)
+
+
+def test_what_a_process_says_of_itself():
+    answers = {0: said("a", failure="OSError: full"), 1: {"left": True}}
+    lines = watch.describe(answers, 2, None).splitlines()
+    assert lines[0] == "Processes have waited for others for too long:"
+    assert lines[1] == "  process 0: waiting, a, after OSError: full"
+    assert lines[2] == "  process 1: its program has ended"

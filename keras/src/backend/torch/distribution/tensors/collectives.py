@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from keras.src.backend.torch.distribution import marks
+from keras.src.backend.torch.distribution.modes import modes
 
 # What both gloo and NCCL send in torch 2.13. Other numbers travel as bytes.
 SENT = {
@@ -193,6 +194,8 @@ class AllReduceGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, due=None):
         ctx.group, ctx.due = group, due
+        # Whoever waits in backward is asked for the layer: see `mesh.watch`.
+        ctx.layer = modes.layer
         return x.view_as(x)
 
     @staticmethod
@@ -234,7 +237,7 @@ class AllGatherPartial(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dim, size, group):
-        ctx.dim, ctx.group = dim, group
+        ctx.dim, ctx.group, ctx.layer = dim, group, modes.layer
         # Or each product that needs it so would make, and save, a copy.
         return all_gather(x, dim, size, group).contiguous()
 
@@ -301,6 +304,7 @@ class ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, group):
         ctx.dim, ctx.size, ctx.group = dim, x.shape[dim], group
+        ctx.layer = modes.layer
         return reduce_scatter(x, dim, group)
 
     @staticmethod
@@ -319,6 +323,7 @@ class Slice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dim, group):
         ctx.dim, ctx.size, ctx.group = dim, x.shape[dim], group
+        ctx.layer = modes.layer
         return shard_of(x, dim, group).clone()
 
     @staticmethod
