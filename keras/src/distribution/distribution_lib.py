@@ -24,6 +24,7 @@ __all__ = [
     "ModelParallel",
     "TensorLayout",
     "distribution_lib",
+    "initialize",
     "set_distribution",
 ]
 
@@ -31,7 +32,37 @@ __all__ = [
 # prepares what a distribution needs. Other backends do neither.
 HAS_A_PROCESS_A_DEVICE = hasattr(distribution_lib, "activate")
 
+released_initialize = upstream.initialize
 released_set_distribution = upstream.set_distribution
+
+
+def initialize(
+    job_addresses=None, num_processes=None, process_id=None, timeout=None
+):
+    """Initialize the distribution system for multi-host/process setting.
+
+    As Keras's own, which says more of the first three, with a limit to waits.
+
+    Args:
+        job_addresses: string, the addresses of all processes, separated by
+            commas. Defaults to `KERAS_DISTRIBUTION_JOB_ADDRESSES`, or to what
+            the launcher says.
+        num_processes: int. Defaults to `KERAS_DISTRIBUTION_NUM_PROCESSES`.
+        process_id: int. Defaults to `KERAS_DISTRIBUTION_PROCESS_ID`.
+        timeout: number of seconds, on the torch backend alone: a wait for
+            other processes that takes longer, once all have joined, is an
+            error that says what each of them does. Defaults to
+            `KERAS_DISTRIBUTION_TIMEOUT`, and that to torch's own: half an hour
+            on gloo, ten minutes on NCCL.
+    """
+    if timeout is not None:
+        if not hasattr(distribution_lib, "set_timeout"):
+            raise ValueError(
+                "`timeout` is of the torch backend. Received: "
+                f"timeout={timeout} on the {backend.backend()} backend"
+            )
+        distribution_lib.set_timeout(timeout)
+    released_initialize(job_addresses, num_processes, process_id)
 
 
 class DeviceMesh(upstream.DeviceMesh):

@@ -38,6 +38,7 @@ __all__ = [
     "distribute_data_input",
     "initialize_rng",
     "initialize",
+    "set_timeout",
     "num_processes",
     "process_id",
     "create_tp_plan_from_layout_map",
@@ -276,6 +277,11 @@ def initialize(job_addresses=None, num_processes=None, process_id=None):
         process_id: optional int, from 0 to `num_processes - 1`.
     """
     process_group.start(job_addresses, num_processes, process_id)
+
+
+def set_timeout(seconds):
+    """Sets how long a process waits for others: `initialize(timeout=)`."""
+    process_group.set_timeout(seconds)
 
 
 def num_processes():

@@ -16,6 +16,7 @@ from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows import known
 from keras.src.backend.torch.distribution.mesh import agreement
 from keras.src.backend.torch.distribution.mesh import configuration
+from keras.src.backend.torch.distribution.mesh import failures
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.mesh import together
@@ -76,18 +77,22 @@ class TorchTrainer(upstream.TorchTrainer):
 
     def train_on_batch(self, *args, **kwargs):
         with own_distribution(self):
-            if current() is not None:
+            if current() is None:
+                return super().train_on_batch(*args, **kwargs)
+            with failures.told():
                 together.begin("in `train_on_batch`")
-            return super().train_on_batch(*args, **kwargs)
+                return super().train_on_batch(*args, **kwargs)
 
     def test_on_batch(self, *args, **kwargs):
         with own_distribution(self):
-            if current() is not None:
+            if current() is None:
+                return super().test_on_batch(*args, **kwargs)
+            with failures.told():
                 together.begin("in `test_on_batch`")
-            return super().test_on_batch(*args, **kwargs)
+                return super().test_on_batch(*args, **kwargs)
 
     def predict_on_batch(self, *args, **kwargs):
-        with own_distribution(self):
+        with own_distribution(self), failures.told():
             return super().predict_on_batch(*args, **kwargs)
 
     def _symbolic_build(self, iterator=None, data_batch=None):
@@ -108,7 +113,8 @@ class TorchTrainer(upstream.TorchTrainer):
         with own_distribution(self):
             if current() is None:
                 return getattr(super(), name)(*args, **kwargs)
-            result = self._run_distributed(name, args, kwargs)
+            with failures.told():
+                result = self._run_distributed(name, args, kwargs)
             _warn_of_unmatched_outputs()
             return result
 

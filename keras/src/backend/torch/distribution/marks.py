@@ -30,6 +30,10 @@ READS = "_keras_reads"  # what its calls have unsharded: `resharding.Reads`
 
 METRIC_STATE = "_keras_metric_state"  # what it holds between steps
 
+# ---- on an exception
+
+FAILED_FIRST = "_keras_failed_first"  # what another process has failed with
+
 # ---- on a parameter, a leaf of autograd's, or a node of its graph
 
 REDUCED = "_keras_is_reduced"  # its gradient is reduced by hooks: a bool

@@ -22,6 +22,10 @@ from keras.src.backend.torch.distribution.mesh import watch
 logger = logging.getLogger("keras.distribution")
 
 
+class AnotherLeft(ConnectionError):
+    """Another process has left while this one waited for it."""
+
+
 class _State:
     """Of the process group that `of` refers to.
 
@@ -43,16 +47,21 @@ class _State:
 _state = _State()
 
 
-def open_group():
+def open_group(limit):
     """Makes the group in which processes meet.
 
     Collective, once for a process group: every process calls it.
+
+    Args:
+        limit: function that sets how long a group waits.
     """
     _state.__init__()
     _state.of = weakref.ref(dist.group.WORLD)
     if dist.get_world_size() > 1 and "gloo" in dist.get_backend_config():
         # Its name: a group that is kept never ends.
-        _state.name = dist.new_group(backend="gloo").group_name
+        group = dist.new_group(backend="gloo")
+        limit(group)
+        _state.name = group.group_name
 
 
 def _group():
@@ -95,7 +104,7 @@ def meet(place, flag=False, failed=False, depth=0, digest=0, alone=False):
     Raises:
         RuntimeError: on all, where they are at different places; on this one
             alone, where it would wait for ever.
-        ConnectionError: where another process has left.
+        AnotherLeft: where another process has left.
     """
     left, _state.left = _state.left, None
     if left is not None:
@@ -114,12 +123,17 @@ def meet(place, flag=False, failed=False, depth=0, digest=0, alone=False):
             logger.warning("This process goes on without the others. %s", error)
             _state.left = this
             return None
-        except ConnectionError:
+        except AnotherLeft:
             if not alone:
                 raise
             return None
         if met is not None or alone:
             return met
+
+
+def count():
+    """How often all have met: the same on all processes that are in step."""
+    return _state.count
 
 
 def have_met_since():
@@ -172,7 +186,7 @@ class _Round:
             raise
         except RuntimeError as error:
             _state.lost = error
-            raise ConnectionError(
+            raise AnotherLeft(
                 "Another process has left, or failed, while this one waited "
                 f"for it ({place}). If it was killed, or ended with an error, "
                 f"that is the reason. Else: {watch.ADVICE}"
@@ -180,6 +194,7 @@ class _Round:
         flag, failed, depth, first, last, most, least = self.numbers.tolist()
         if failed or first == -last:
             _state.count += 1
+            watch.note_failure(None)
             is_same = most == -least
             return Met(bool(flag), bool(failed), int(-depth), is_same)
         places = [None] * dist.get_world_size()

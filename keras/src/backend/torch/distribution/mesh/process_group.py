@@ -1,6 +1,7 @@
 """The processes: how they find each other, agree on a seed and part again."""
 
 import atexit
+import datetime
 import logging
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from keras.src.backend.torch.distribution import private
+from keras.src.backend.torch.distribution.mesh import failures
 from keras.src.backend.torch.distribution.mesh import gloo_on_gpus
 from keras.src.backend.torch.distribution.mesh import watch
 
@@ -29,11 +31,16 @@ OTHER_LAUNCHERS = {
 # Tells the processes that this one starts that it has joined, and as what.
 JOINED = "KERAS_TORCH_DISTRIBUTION_JOINED"
 ENVIRONMENT = {"init_method": "env://"}
+# Seconds until a wait for the others is an error; not set, torch's own: half an
+# hour on gloo, ten minutes on NCCL.
+TIMEOUT = "KERAS_DISTRIBUTION_TIMEOUT"
 # In torchrun's store: that it was used, by an attempt that failed.
 USED = "keras_torch_distribution/used"
 
 _said = set()
 _before_leaving = []
+_after_leaving = []
+_timeout = [None]
 
 
 def is_running():
@@ -148,6 +155,52 @@ def start(job_addresses=None, num_processes=None, process_id=None):
     agree_on_seed()
 
 
+def set_timeout(seconds):
+    """Sets how long this process waits for the others, once all have joined.
+
+    Args:
+        seconds: number. It wins over the environment variable.
+    """
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(
+            "`timeout` is a number of seconds, more than 0. Received: "
+            f"timeout={seconds!r}"
+        )
+    if is_running() and seconds != timeout():
+        raise ValueError(
+            "`timeout` is given to the first call of "
+            "`keras.distribution.initialize`, before anything else. Received: "
+            f"timeout={seconds}, while it is {timeout() or 'as torch has it'}"
+        )
+    _timeout[0] = float(seconds)
+
+
+def timeout():
+    """How many seconds the user lets a process wait for others, or None."""
+    if _timeout[0] is not None or not os.environ.get(TIMEOUT):
+        return _timeout[0]
+    try:
+        seconds = float(os.environ[TIMEOUT])
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(
+            f"{TIMEOUT} is a number of seconds, more than 0. Received: "
+            f"{TIMEOUT}={os.environ[TIMEOUT]!r}"
+        )
+    return seconds
+
+
+def limit(group):
+    """Lets waits in a process group end after the time that the user has set.
+
+    Not as it is made: the same time would be one for others to start in.
+    """
+    seconds = timeout()
+    if seconds is not None:
+        group.set_timeout(datetime.timedelta(seconds=seconds))
+
+
 def agree_on_seed():
     """Sets one random seed on all processes, unless the user set one.
 
@@ -260,6 +313,7 @@ def _join(world, rank, **rendezvous):
                     "which is slower than NCCL: %s.",
                     lacks,
                 )
+    seconds = timeout()
     store = _store_of_torchrun() if rendezvous == ENVIRONMENT else None
     if store is not None:
         rendezvous = {"store": store}
@@ -269,9 +323,15 @@ def _join(world, rank, **rendezvous):
     if store is not None and rank == 0:
         # All have looked for it by now.
         store.underlying_store.set(USED, "yes")
+    limit(dist.group.WORLD)
     if world > 1:
         os.environ[JOINED] = _name_in_job()
-        before_leaving(watch.begin(private.store_of_all(), rank, world))
+        everyones = private.store_of_all()
+        # NCCL ends the process then, and says nothing of the others.
+        patience = 0.8 * seconds if seconds and "nccl" in backend else None
+        before_leaving(watch.begin(everyones, rank, world, seconds, patience))
+        keeps_store = rank == 0 and store is None
+        after_leaving(failures.begin(everyones, rank, world, keeps_store))
     atexit.register(_leave, weakref.ref(dist.group.WORLD))
 
 
@@ -319,6 +379,11 @@ def before_leaving(release):
         _before_leaving.append(release)
 
 
+def after_leaving(release):
+    """Calls `release()` as the interpreter ends, when the group has ended."""
+    _after_leaving.append(release)
+
+
 def _leave(group):
     """Leaves the group as the interpreter ends.
 
@@ -337,13 +402,17 @@ def _leave(group):
     # Also where the program has ended the group itself.
     for release in _before_leaving:
         release()
-    if not is_running() or dist.group.WORLD is not group():
-        return
     failed = getattr(sys, "last_value", None) is not None
-    if failed and "nccl" in dist.get_backend_config():
-        private.abort_groups()
-    else:
-        dist.destroy_process_group()
+    if failed:
+        # A group that a frame keeps does not end, and the others wait on.
+        failures.forget_frames(sys.last_value)
+    if is_running() and dist.group.WORLD is group():
+        if failed and "nccl" in dist.get_backend_config():
+            private.abort_groups()
+        else:
+            dist.destroy_process_group()
+    for release in _after_leaving:
+        release()
 
 
 def _name_in_job():

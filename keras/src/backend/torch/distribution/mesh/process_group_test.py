@@ -320,3 +320,21 @@ def test_leaving(fake_world, monkeypatch, failed, backend):
     waits_for_nobody = failed and "nccl" in backend
     assert calls == ["aborted" if waits_for_nobody else "destroyed"]
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "10", None])
+def test_timeout_that_is_none(seconds, no_world):
+    with pytest.raises(ValueError, match="number of seconds.*Received"):
+        process_group.set_timeout(seconds)
+
+
+def test_timeout(no_world, monkeypatch):
+    monkeypatch.setattr(process_group, "_timeout", [None])
+    assert process_group.timeout() is None
+    monkeypatch.setenv(process_group.TIMEOUT, "soon")
+    with pytest.raises(ValueError, match="more than 0. Received.*'soon'"):
+        process_group.timeout()
+    monkeypatch.setenv(process_group.TIMEOUT, "20")
+    assert process_group.timeout() == 20
+    process_group.set_timeout(30)
+    assert process_group.timeout() == 30

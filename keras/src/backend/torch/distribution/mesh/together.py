@@ -15,6 +15,7 @@ import threading
 import torch
 import torch.distributed as dist
 
+from keras.src.backend.torch.distribution.mesh import failures
 from keras.src.backend.torch.distribution.mesh import meeting
 from keras.src.backend.torch.distribution.mesh import process_group
 
@@ -67,12 +68,14 @@ def work(what, by_writer=False):
     this = Work(what)
     _stack.works.append(this)
     try:
-        yield this
-        this.flag = _ask_all(this.flag, END, by_writer)
-    except Exception as error:
-        if this.failure is None:
-            _tell(error)
-        raise
+        with failures.told():
+            try:
+                yield this
+                this.flag = _ask_all(this.flag, END, by_writer)
+            except Exception as error:
+                if this.failure is None:
+                    _tell(error)
+                raise
     finally:
         _stack.works.remove(this)
 
@@ -226,11 +229,15 @@ def _exchange(flag, error, what="", alone=False, digest=0):
         return met, None
     errors = [None] * dist.get_world_size()
     what = works[-1].what if works else what
-    dist.all_gather_object(errors, (_as_bytes(error, what), what))
-    rank = next(i for i, (data, _) in enumerate(errors) if data is not None)
-    data, what = errors[rank]
+    mine = None
+    if error is not None:
+        mine = _as_bytes(error, what), failures.facts_of(error)
+    dist.all_gather_object(errors, (mine, what))
+    rank = next(i for i, (each, _) in enumerate(errors) if each is not None)
+    (data, facts), what = errors[rank]
     failure = pickle.loads(data)
     failure.add_note(f"Process {rank} failed in {what}.")
+    failures.mark(failure, facts)
     for each in works[max(met.depth, 1) - 1 :]:
         each.failure = failure
     return met, failure
@@ -238,8 +245,6 @@ def _exchange(flag, error, what="", alone=False, digest=0):
 
 def _as_bytes(error, what):
     """A pickled error, of its own class where that can be pickled."""
-    if error is None:
-        return None
     try:
         data = pickle.dumps(error)
         pickle.loads(data)

@@ -38,7 +38,7 @@ def to_torch_mesh(device_mesh):
     if _GROUP[0]() is not dist.group.WORLD:
         _MESHES.clear()
         _GROUP[0] = weakref.ref(dist.group.WORLD)
-        meeting.open_group()
+        meeting.open_group(process_group.limit)
         process_group.before_leaving(release_groups)
     key = configuration(device_mesh)
     if key not in _MESHES:
@@ -48,7 +48,13 @@ def to_torch_mesh(device_mesh):
             torch.tensor(ranks, dtype=torch.int).view(shape),
             mesh_dim_names=names,
         )
+        _limit(_MESHES[key])
     return _MESHES[key]
+
+
+def _limit(mesh):
+    for axis in range(mesh.ndim):
+        process_group.limit(mesh.get_group(axis))
 
 
 def joined(mesh, axes):
@@ -87,6 +93,7 @@ def joined(mesh, axes):
         _MESHES[key] = DeviceMesh(
             mesh.device_type, ranks.clone(), mesh_dim_names=names
         )
+        _limit(_MESHES[key])
     return _MESHES[key]
 
 

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from keras.src import tree
 from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution.mesh import failures
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.training import exchange
 from keras.src.backend.torch.distribution.training import random_states
@@ -196,10 +197,8 @@ class Reading(torch.utils.data.IterableDataset):
         if isinstance(skeleton, str):
             if isinstance(mine, Exception) and reader == dist.get_rank():
                 raise mine
-            raise RuntimeError(
-                f"Process {reader} could not read a batch; its own error says "
-                f"why: {skeleton}"
-            )
+            text = f"Process {reader} could not read a batch: {skeleton}"
+            raise failures.as_error({"rank": reader, "text": text})
         leaves = received[reader]
         data = tree.map_structure(
             lambda leaf: whole_batches.to_device(leaves[leaf.place]),

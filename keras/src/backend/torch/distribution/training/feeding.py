@@ -9,6 +9,7 @@ from keras.src import tree
 from keras.src.backend.torch.distribution.batch import same_data
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.mesh import agreement
+from keras.src.backend.torch.distribution.mesh import failures
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.training import by_index
@@ -98,6 +99,7 @@ class ShardedDataAdapter(DataAdapter):
             size = same_data.NONE
             if error is not None:
                 size = same_data.FAILED
+                failures.tell(error)
             elif batch is not None:
                 size = batch.rows.total
             said = same_data.exchange(size, facts, self.context)
@@ -107,9 +109,8 @@ class ShardedDataAdapter(DataAdapter):
                 sizes, digests = said
             if same_data.FAILED in sizes:
                 failed = sizes.index(same_data.FAILED)
-                raise error or RuntimeError(
-                    f"Process {failed} could not read a batch; its own error "
-                    "says why."
+                raise error or failures.error_of(
+                    failed, "could not read a batch"
                 )
             if same_data.NONE in sizes:
                 same_data.check_all_ended(sizes, self.context)
