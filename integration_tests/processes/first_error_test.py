@@ -217,7 +217,7 @@ def test_an_error_of_all_is_shown_by_one(programs, tmp_path):
     whole = [each for each in (own, *others) if "Traceback" in each]
     assert code == 1 and len(whole) == 1
     for each in {own, *others} - set(whole):
-        assert "failed first: ValueError: of all" in each
+        assert "ValueError: of all (process " in each
 
 
 @pytest.mark.parametrize("culprit", [0, -1])

@@ -41,7 +41,7 @@ HEARD = "keras_failures/heard"
 # takes along.
 TIMEOUT, MOMENT, SEARCH, FAREWELL = 5.0, 0.5, 12.0, 3.0
 PAUSE = 0.05
-LENGTH = 400
+LENGTH, SHORT = 400, 120
 # Where `torchrun` looks for what its processes have failed with, and since
 # when: it names the earliest as the cause.
 FILE_OF_TORCHRUN = "TORCHELASTIC_ERROR_FILE"
@@ -368,6 +368,11 @@ def _first_of(job, error):
     if any(failure.get(k) != mine[k] for k in ("type", "message")):
         # It has gone on after what failed first, or does not know of it.
         failure = mine
+    elif failure["rank"] != job.rank:
+        start = failure["message"][:SHORT]
+        start += "..." if start != failure["message"] else ""
+        text = f"{start} (process {failure['rank']} shows all of it)"
+        failure = {**failure, "text": text}
     if not hasattr(sys, "ps1"):
         with contextlib.suppress(RuntimeError):
             job.write(ENDED, failure)

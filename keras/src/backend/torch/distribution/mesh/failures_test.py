@@ -28,7 +28,7 @@ def test_what_is_told_of_an_error():
     assert facts["text"] == (
         "Process 3 failed first: ValueError: one and another"
     )
-    long = failures.facts_of(caught(lambda: int("x" * 999)), rank=0)
+    long = failures.facts_of(caught(lambda: float("x" * 999)), rank=0)
     assert len(long["message"]) == failures.LENGTH
 
 

@@ -207,7 +207,9 @@ def test_backend_on_gpus(no_world, monkeypatch, caplog, has_nccl, gpus, lacks):
     )
     monkeypatch.setattr(process_group.atexit, "register", lambda *args: None)
     monkeypatch.setattr(process_group.private, "store_of_all", lambda: None)
-    monkeypatch.setattr(process_group.watch, "begin", lambda *args: None)
+    for each in (process_group.watch, process_group.failures):
+        monkeypatch.setattr(each, "begin", lambda *args: None)
+    monkeypatch.setattr(process_group, "_after_leaving", [])
     weakrefs = types.SimpleNamespace(ref=lambda group: None)
     monkeypatch.setattr(process_group, "weakref", weakrefs)
     monkeypatch.setattr(process_group, "_before_leaving", [])
