@@ -344,6 +344,43 @@ def test_a_key_that_matches_on_one_process():
         assert "dense/kernel (5, 3) float32 laid out as (" in outcome
 
 
+def test_layers_that_are_called_in_another_order():
+    """Collectives of one shape would pair up, each with the other's numbers."""
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(1)
+
+    class Turns(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.pair = [layers.Dense(5, name=name) for name in "ab"]
+            for layer in self.pair:
+                layer.build((None, 5))
+            self.turns = False
+
+        def call(self, x):
+            for layer in self.pair[:: -1 if self.turns else 1]:
+                x = layer(x)
+            return x
+
+    class Turn(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.turns = is_odd() and batch == 2
+
+    def program():
+        cut = parity.model_parallel((1, 2), {".*kernel": (None, "model")})
+        with cut.scope():
+            model = Turns()
+            model.compile("sgd", "mse")
+            x, _ = arrays()
+            model.fit(x, x, batch_size=4, verbose=0, callbacks=[Turn()])
+
+    for outcome in everyone.outcomes(program):
+        assert "what the step has communicated for" in outcome
+        assert "'a, as number 1' on process 0" in outcome
+        assert "'b, as number 1' on process 1" in outcome
+        assert "must be called in one order" in outcome
+
+
 def test_models_that_are_made_in_another_order():
     """Their gradients would be added up across."""
     keras.utils.clear_session(free_memory=False)

@@ -20,6 +20,7 @@ from keras.src.backend.torch.distribution.mesh import failures
 from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.mesh import together
+from keras.src.backend.torch.distribution.mesh import trail
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.mesh.context import logger
 from keras.src.backend.torch.distribution.mesh.context import own_distribution
@@ -237,6 +238,7 @@ class Step:
             self.forget()
             self.check_batch(data)
         facts = self.facts(data, context)
+        trail.begin()
         if self.is_known is None:
             self.is_known = known.is_known_program(self.model, self.name)
         if context.data_size > 1 and not self.is_known:
@@ -342,6 +344,7 @@ class Step:
 
     def reduce(self, reduce_logs, logs, states, facts, context):
         """Global logs; stops if any process wants to, fails if they differ."""
+        facts[agreement.COMMUNICATED] = trail.take()
         ballot = agreement.Ballot(facts)
         asked = preemption.of(self.model)
         is_asked = asked is not None and asked.asked

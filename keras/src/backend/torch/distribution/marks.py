@@ -41,6 +41,7 @@ TAKEN = "_keras_variable_of"  # a torch module's, and a Keras variable too
 
 # ---- on a weight as it is stored
 
+NAME = "_keras_name"  # what all processes call it; on a layer too
 PARTS = "_keras_parts"  # dict: dtype -> `in_flight.Part`, and
 HANDED_OUT = "_keras_handed_out"  # in it, where there has been a `.data`
 

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src import tree
 from keras.src.backend.torch import core
+from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.global_rows import borders
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -19,6 +20,7 @@ from keras.src.backend.torch.distribution.layers import projection
 from keras.src.backend.torch.distribution.layers import released
 from keras.src.backend.torch.distribution.layers import styles
 from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.mesh import trail
 from keras.src.backend.torch.distribution.modes import layer_call
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import on_plain_tensors
@@ -77,6 +79,8 @@ def _call(layer, context, args, kwargs):
         style = plan.style_of(layer, context)
         if style is None and not layer._layers and _handed_shards(args, kwargs):
             style = styles.GENERAL
+        if style is not None:
+            trail.note(layer.__dict__.get(marks.NAME))
         if style is None:
             with on_plain_tensors():
                 outputs = released.call(layer, args, kwargs)

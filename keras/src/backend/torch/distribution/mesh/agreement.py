@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src import tree
 from keras.src.backend.torch.distribution.mesh import together
+from keras.src.backend.torch.distribution.mesh import trail
 
 logger = logging.getLogger("keras.distribution")
 
@@ -36,6 +37,8 @@ IN_NUMPY = (torch.float16, torch.float32, torch.float64)
 PARTS_OF_DATA = ("x", "y", "sample_weight")
 SAMPLED_ROWS, SAMPLED_ENTRIES = 4, 16
 
+COMMUNICATED = "what the step has communicated for"
+
 ADVICE = {
     "batch": "With `auto_shard_dataset=True` every process must read the same "
     "global data in the same order: give whatever shuffles, splits or draws "
@@ -46,6 +49,9 @@ ADVICE = {
     "them on all processes, from one file.",
     "learning rate": "Callbacks that change the learning rate must do so on "
     "every process, by what all of them know.",
+    COMMUNICATED: "Layers that communicate must be called in one order on all "
+    "processes, whatever each of them knows for itself: its number, its time, "
+    "its files. What was computed in this step is of no use.",
     "": "Build, compile and fit the same model with the same arguments on all "
     "of them.",
 }
@@ -82,6 +88,8 @@ def digest(facts):
         code = zlib.crc32(name.encode(), code)
         if isinstance(value, np.ndarray):
             code = zlib.crc32(value.tobytes(), code)
+        elif isinstance(value, trail.Trail):
+            code = zlib.crc32("\n".join(map(str, value)).encode(), code)
         else:
             code = zlib.crc32(repr(value).encode(), code)
     return code & (1 << DIGEST_BITS) - 1
@@ -188,6 +196,8 @@ def differences(facts_of):
     names = dict.fromkeys(name for facts in facts_of.values() for name in facts)
     for name in names:
         values = {rank: facts.get(name) for rank, facts in facts_of.items()}
+        if all(isinstance(value, trail.Trail) for value in values.values()):
+            values = _first_that_differs(values)
         first = next(iter(values.values()))
         drift, same = 0.0, True
         for value in values.values():
@@ -201,6 +211,21 @@ def differences(facts_of):
                 texts.setdefault(_text(value), []).append(rank)
             found.append(Disagreement(name, texts, drift if same else None))
     return found
+
+
+def _first_that_differs(trails):
+    """Of each process, what is in the first place where they differ."""
+    longest = max(map(len, trails.values()))
+    for place in range(longest):
+        found = {
+            rank: f"{names[place]}, as number {place + 1}"
+            if place < len(names)
+            else f"nothing, after {len(names)}"
+            for rank, names in trails.items()
+        }
+        if len(set(found.values())) > 1:
+            return found
+    return dict.fromkeys(trails, "")
 
 
 def _is_sample(value):

@@ -35,6 +35,7 @@ def check_once(model, context):
     check_made_under(variables, context)
     names = configuration.Names(model)
     check_equal(variables, _buffers_of(model), names)
+    _give_names(model, variables, names)
     for v in variables:
         if v._gradient_number is not None:
             v._context.reducer.call(v._gradient_number, names.of(v.path))
@@ -43,6 +44,15 @@ def check_once(model, context):
     if warn is not None and process_group.is_first():
         warn([v.path for v in variables])
     model.__dict__[marks.CHECKED] = context
+
+
+def _give_names(model, variables, names):
+    """Lets layers and weights be told from one another: see `mesh.trail`."""
+    for layer in model._flatten_layers():
+        layer.__dict__[marks.NAME] = names.of(layer.path or layer.name)
+    for v in variables:
+        if isinstance(v._value, DTensor):
+            v._value.__dict__[marks.NAME] = names.of(v.path)
 
 
 def check_same_program(model):

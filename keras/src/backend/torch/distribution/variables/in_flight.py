@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution.mesh import rows
+from keras.src.backend.torch.distribution.mesh import trail
 from keras.src.backend.torch.distribution.tensors import collectives
 from keras.src.backend.torch.distribution.tensors import laid_out
 
@@ -39,7 +40,7 @@ class Part:
     def __init__(self, weight, dtype, context, siblings):
         self._weight, self._siblings = weakref.ref(weight), siblings
         self.layout = laid_out.layout_of(weight)
-        self.dtype, self.device = dtype, weight.device
+        self.dtype, self.device, self._name = dtype, weight.device, None
         (self.axis,) = context.cuts_data(self.layout.placements)
         self.dim = self.layout.placements[self.axis].dim
         self.size = self.layout.shape[self.dim]
@@ -59,6 +60,15 @@ class Part:
     def weight(self):
         """The stored weight, None if it has been freed."""
         return self._weight()
+
+    @property
+    def name(self):
+        """What all processes call it, None where that is not known."""
+        weight = self.weight
+        if weight is not None:
+            # It may have been freed elsewhere, and not here.
+            self._name = weight.__dict__.get(marks.NAME)
+        return self._name
 
     @property
     def kind(self):
@@ -96,6 +106,13 @@ def _pieces(parts, buffer):
     return buffer.split([part.numel for part in parts], -1)
 
 
+def in_words(what, parts):
+    """Which weights are communicated, in words."""
+    names = [part.name or str(tuple(part.layout.shape)) for part in parts]
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"{what} {', '.join(names[:2])}{more}"
+
+
 class Gather:
     """Weights that are being made whole.
 
@@ -119,12 +136,17 @@ class Gather:
             (shards, width), dtype=first.dtype, device=first.device
         )
         for part, piece in zip(parts, _pieces(parts, self._buffer[rank])):
+            trail.note(part.name)
             if part.shard_shape != part.shape or part.weight is None:
                 piece.zero_()
             if part.weight is not None:
                 local = part.weight._local_tensor.detach()
                 part.own(piece).copy_(local)
         self._works = _gather_in_place(self._buffer, rank, group)
+
+    def waits_for(self):
+        """What it makes whole, in words, for who waits: see `mesh.watch`."""
+        return in_words("weights", self.parts)
 
     def wait(self):
         # Let go of first: a group does not end while its work is kept.
@@ -244,6 +266,10 @@ class Reduction:
                 self._result, buffer.view(-1), group=group, async_op=True
             )
         self._buffer = buffer
+
+    def waits_for(self):
+        """What it reduces, in words, for who waits: see `mesh.watch`."""
+        return in_words("gradients of", self._parts)
 
     @torch.no_grad()
     def finish(self):
