@@ -62,6 +62,7 @@ def test_columns_and_rows_in_turn():
 def test_its_code_makes_it():
     found = keras.distribution.LayoutMap.auto(mlp, mesh(), 8)
     names = {"keras": keras, "mesh": mesh()}
+    assert str(found) == found.code
     exec(found.code, names)
     assert axes(names["layout_map"]) == axes(found) != {}
 

@@ -167,6 +167,10 @@ class LayoutMap(upstream.LayoutMap):
         # Whether a key is of an output, that a program may be handed cut.
         self.lays_out_outputs = any(key.endswith("/output") for key in self)
 
+    def __str__(self):
+        # Of one that was found: the program that makes it.
+        return getattr(self, "code", None) or super().__str__()
+
     def key_of(self, path):
         """The key that a path matches, None if there is none.
 
