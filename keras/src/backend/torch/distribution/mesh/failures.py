@@ -76,7 +76,7 @@ class _Job:
     """
 
     def __init__(self, store, rank, world, keeps_store):
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.process = rank, world, os.getpid()
         self.keeps_store = keeps_store
         # It serves the others, who ask until they leave, and is asked by
         # nobody who waits. A connection takes long where it is no more.
@@ -102,6 +102,13 @@ class _Job:
         return self.read(key) or self.read(ENDED)
 
 
+def _job():
+    """The job that this process has joined, None for one that it has forked:
+    the store's connection is not of that one."""
+    job = _current[0]
+    return None if job is None or job.process != os.getpid() else job
+
+
 def begin(store, rank, world, keeps_store):
     """Lets this process tell what it fails with, and hear it of others.
 
@@ -120,7 +127,7 @@ def begin(store, rank, world, keeps_store):
 
 
 def _end():
-    job, _current[0] = _current[0], None
+    job, _current[0] = _job(), None
     if job is None or getattr(sys, "last_value", None) is None:
         return
     try:
@@ -205,7 +212,7 @@ def error_of(rank, what):
         rank: int, of that process.
         what: string, what it could not do, of which all have heard.
     """
-    job, told = _current[0], None
+    job, told = _job(), None
     if job is not None:
         with contextlib.suppress(RuntimeError):  # The store may have gone.
             told = job.first()
@@ -227,7 +234,7 @@ def tell(error):
         What failed first, a dict; None without others, or if they are out of
         reach.
     """
-    job = _current[0]
+    job = _job()
     if job is None or marks.FAILED_FIRST in error.__dict__:
         return None
     count = job.failed_at = meeting.count()
@@ -290,7 +297,7 @@ def caused_by(error):
     Returns:
         Dict as of `facts_of`; None for an error of this process's own.
     """
-    job = _current[0]
+    job = _job()
     if job is None or not is_of_another(error):
         return None
     try:
@@ -331,7 +338,7 @@ def _search(job, is_late):
 def _show(released, kind, error, stack):
     """Shows what ends the program: whole, or in a line if another process has
     failed first. Takes the place of `sys.excepthook`."""
-    job = _current[0]
+    job = _job()
     failure = None if job is None else _first_of(job, error)
     if failure is None or failure == UNKNOWN:
         released(kind, error, stack)
