@@ -14,6 +14,7 @@ Nothing is done in a step.
 
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
@@ -84,6 +85,8 @@ class _Job:
         self.store.set_timeout(datetime.timedelta(seconds=TIMEOUT))
         # How often all had met when a call of Keras's failed here.
         self.failed_at = -1
+        # What shows an error that ends the program, and did before.
+        self.hook = self.released = None
 
     def read(self, key):
         """What is written there, None if there is nothing."""
@@ -120,14 +123,16 @@ def begin(store, rank, world, keeps_store):
     Returns:
         Function to be called when the process has left its groups.
     """
-    _current[0] = _Job(store, rank, world, keeps_store)
-    released = sys.excepthook
-    sys.excepthook = lambda *what: _show(released, *what)
+    job = _current[0] = _Job(store, rank, world, keeps_store)
+    job.released = sys.excepthook
+    job.hook = sys.excepthook = functools.partial(_show, job.released)
     return _end
 
 
 def _end():
     job, _current[0] = _job(), None
+    if job is not None and sys.excepthook is job.hook:
+        sys.excepthook = job.released
     if job is None or getattr(sys, "last_value", None) is None:
         return
     try:

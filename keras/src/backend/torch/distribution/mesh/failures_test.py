@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -66,3 +67,11 @@ def test_what_torchrun_is_told(tmp_path, monkeypatch):
     assert failure.message["extraInfo"]["py_callstack"] == "it failed"
     assert json.loads(path.read_text())["message"]["message"] == "it failed"
     assert os.listdir(tmp_path) == ["error.json"]
+
+
+def test_what_shows_errors_is_put_back():
+    before = sys.excepthook
+    end = failures.begin(torch.distributed.HashStore(), 0, 2, True)
+    assert sys.excepthook is not before
+    end()
+    assert sys.excepthook is before
