@@ -77,10 +77,11 @@ def _call(layer, context, args, kwargs):
                 return projection.project_plain(layer, *args)
             return released.call(layer, args, kwargs)
         style = plan.style_of(layer, context)
-        if style is None and not layer._layers and _handed_shards(args, kwargs):
-            style = styles.GENERAL
         if style is not None:
             trail.note(layer.__dict__.get(marks.NAME))
+        elif not layer._layers and _handed_shards(args, kwargs):
+            # Of how many rows a data shard has, it may depend what is cut.
+            style = styles.GENERAL
         if style is None:
             with on_plain_tensors():
                 outputs = released.call(layer, args, kwargs)

@@ -38,6 +38,7 @@ PARTS_OF_DATA = ("x", "y", "sample_weight")
 SAMPLED_ROWS, SAMPLED_ENTRIES = 4, 16
 
 COMMUNICATED = "what the step has communicated for"
+GATHERED = "what the step has gathered"
 
 ADVICE = {
     "batch": "With `auto_shard_dataset=True` every process must read the same "
@@ -49,9 +50,9 @@ ADVICE = {
     "them on all processes, from one file.",
     "learning rate": "Callbacks that change the learning rate must do so on "
     "every process, by what all of them know.",
-    COMMUNICATED: "Layers that communicate must be called in one order on all "
-    "processes, whatever each of them knows for itself: its number, its time, "
-    "its files. What was computed in this step is of no use.",
+    "what the step has": "Layers that communicate must be called in one order "
+    "on all processes, whatever each of them knows for itself: its number, its "
+    "time, its files. What was computed in this step is of no use.",
     "": "Build, compile and fit the same model with the same arguments on all "
     "of them.",
 }
@@ -132,10 +133,14 @@ class Ballot:
         Args:
             sums: the sums of the `numbers` of all processes.
             what: string, what was under way.
+
+        Returns:
+            Whether they differ in what may differ between data shards.
         """
         total, squares = map(int, sums)
-        if total * total != dist.get_world_size() * squares:
-            check(self.facts, what)
+        if total * total == dist.get_world_size() * squares:
+            return False
+        return not check(self.facts, what)
 
 
 def compare(facts, what):
@@ -162,6 +167,9 @@ def check(facts, what="", shards=None):
         shards: optional list, for each rank the data shard it belongs to. Facts
             are compared between processes of one shard only.
 
+    Returns:
+        List of `Disagreement`s: drifts, that have been warned of.
+
     Raises:
         ValueError: naming what differs, on which processes.
     """
@@ -174,7 +182,7 @@ def check(facts, what="", shards=None):
     wrong = [d for d in found if d.drift is None or d.drift > DRIFT]
     if not wrong:
         _warn_of_drift(found)
-        return
+        return found
     listed = "".join(f"\n  {d}" for d in wrong[:5])
     more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
     advice = next(
@@ -214,7 +222,19 @@ def differences(facts_of):
 
 
 def _first_that_differs(trails):
-    """Of each process, what is in the first place where they differ."""
+    """Of the processes of a data shard, what is in the first place where they
+    differ."""
+    shards = {}
+    for rank, names in trails.items():
+        shards.setdefault(names.shard, {})[rank] = names
+    for each in shards.values():
+        found = _first_of_one_shard(each)
+        if found is not None:
+            return found
+    return dict.fromkeys(trails, "")
+
+
+def _first_of_one_shard(trails):
     longest = max(map(len, trails.values()))
     for place in range(longest):
         found = {
@@ -225,7 +245,7 @@ def _first_that_differs(trails):
         }
         if len(set(found.values())) > 1:
             return found
-    return dict.fromkeys(trails, "")
+    return None
 
 
 def _is_sample(value):

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from keras.src import backend
 from keras.src import models
 from keras.src.backend.torch.distribution.mesh import agreement
 from keras.src.backend.torch.distribution.mesh import configuration
+from keras.src.backend.torch.distribution.mesh import trail
 
 WORLD = 3
 SAME = {"batch, x": np.arange(3.0), "learning rate": 0.1, "argument": None}
@@ -154,3 +157,35 @@ def test_weights():
         "weights, b": [1, 1],
         "weights, c": [0, 1],
     }
+
+
+def trails(*names):
+    """Of ranks, what their layers have communicated for, in pairs of a data
+    shard and names."""
+    found = {}
+    for rank, (shard, each) in enumerate(names):
+        made = trail.Trail(each.split())
+        made.shard = shard
+        found[rank] = {agreement.COMMUNICATED: made}
+    return found
+
+
+def test_layers_are_compared_within_a_data_shard():
+    same = trails((0, "a b"), (0, "a b"), (1, "a c b"), (1, "a c b"))
+    assert agreement.differences(same) == []
+    (wrong,) = agreement.differences(
+        trails((0, "a b"), (0, "a b"), (1, "a c b"), (1, "a b c"))
+    )
+    assert wrong.values == {
+        "'c, as number 2'": [2],
+        "'b, as number 2'": [3],
+    }
+    (wrong,) = agreement.differences(trails((None, "a"), (None, "a b")))
+    assert wrong.values == {
+        "'nothing, after 1'": [0],
+        "'b, as number 2'": [1],
+    }
+    facts = pickle.loads(pickle.dumps(same))
+    assert [each[agreement.COMMUNICATED].shard for each in facts.values()] == [
+        *(0, 0, 1, 1)
+    ]

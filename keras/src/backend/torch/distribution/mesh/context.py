@@ -95,11 +95,14 @@ class Context:
         model_mesh: torch mesh of these axes, None if there are none.
         reducer: the `Reducer` of gradients, None with one data shard.
         order: the `Order` in which weights are gathered, None before the first.
+        has_unlike_shards: whether layers were called in another order on some
+            data shard than on others.
     """
 
     def __init__(self, distribution):
         device_mesh = distribution.device_mesh
         self.distribution = distribution
+        self.has_unlike_shards = False
         self.mesh = mesh_lib.to_torch_mesh(device_mesh)
         names = list(device_mesh.axis_names)
         sizes = [int(n) for n in device_mesh.shape]

@@ -165,6 +165,9 @@ class Linear(torch.autograd.Function):
         grad = collectives.whole_gradient(grad)
         x, kernel = ctx.saved_tensors
         again = torch.is_grad_enabled()
+        if again and ctx.due is not None:
+            # What is computed here makes a gradient of `x` as well.
+            ctx.due.users += 1
         w = kernel
         if ctx.layouts[0] is not None:
             w = laid_out.Local.apply(kernel) if again else _local(kernel)

@@ -89,6 +89,36 @@ def test_rows_of_a_kernel(on_threads):
             torch.testing.assert_close(torch.cat(parts, dim), whole)
 
 
+def test_gradient_of_a_gradient_is_summed_whole(on_threads):
+    """The kernel's makes a gradient of the input too."""
+    torch.manual_seed(0)
+    x, kernel = torch.randn(5, 4), torch.randn(4, 7)
+
+    def gradient_of_both(loss_of, x, kernel):
+        x, kernel = (each.clone().requires_grad_() for each in (x, kernel))
+        loss = loss_of(x, kernel)
+        (grad,) = torch.autograd.grad(loss, kernel, create_graph=True)
+        return torch.autograd.grad(loss + grad.square().sum(), x)[0]
+
+    def run(rank):
+        start, stop = collectives.shard_range(7, WORLD, rank)
+
+        def loss_of(x, kernel):
+            column, due = contraction.column_input(
+                x, x, (0,), (dist.group.WORLD,)
+            )
+            y = linear.linear(column, kernel, None, 1, (), due)
+            return y.square().sum()
+
+        return gradient_of_both(loss_of, x, kernel[:, start:stop])
+
+    expected = gradient_of_both(
+        lambda x, kernel: (x @ kernel).square().sum(), x, kernel
+    )
+    for grad in on_threads(WORLD, run):
+        torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.parametrize("users", [1, 2])
 def test_gradient_of_an_input_is_summed_while_another_is_computed(
     on_threads, monkeypatch, users

@@ -136,7 +136,7 @@ class Gather:
             (shards, width), dtype=first.dtype, device=first.device
         )
         for part, piece in zip(parts, _pieces(parts, self._buffer[rank])):
-            trail.note(part.name)
+            trail.note_gather(part.name)
             if part.shard_shape != part.shape or part.weight is None:
                 piece.zero_()
             if part.weight is not None:
