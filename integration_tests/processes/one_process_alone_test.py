@@ -244,7 +244,7 @@ if "loop" in sys.argv:
     model.fit(x, y, verbose=0)
     weights = [w.tolist() for w in model.get_weights()]
     # In one piece: two processes write.
-    sys.stdout.write(f"weights {weights}\n")
+    sys.stdout.write(f"weights {weights}\\n")
 """
 
 

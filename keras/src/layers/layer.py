@@ -9,6 +9,8 @@ Then what is left is done here, in the same order; all else, and what fails a
 check, goes Keras's way.
 """
 
+import functools
+
 from keras.src import backend
 from keras.src.api_export import keras_export
 from keras.src.backend.common.name_scope import current_path
@@ -47,6 +49,7 @@ class Layer(upstream.Layer):
     # Whether its class and the signature of `call` allow for `_call_at_once`.
     _takes_one_tensor = False
 
+    @functools.wraps(ReleasedLayer.__init__)
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self._takes_one_tensor = _has_no_other_way(type(self)) and (
