@@ -15,7 +15,9 @@ PLAIN = frozenset((bool, int, float, str, type(None)))
 
 def any_symbolic_tensors(args=None, kwargs=None):
     """As Keras's."""
-    if not kwargs and all(map(is_concrete, args or ())):
+    if all(map(is_concrete, args or ())) and (
+        not kwargs or all(map(is_concrete, kwargs.values()))
+    ):
         return False
     return released(args, kwargs)
 

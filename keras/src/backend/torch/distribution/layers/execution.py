@@ -27,6 +27,7 @@ from keras.src.backend.torch.distribution.modes import on_plain_tensors
 from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.ops import operators
 from keras.src.backend.torch.distribution.variables import unshard
+from keras.src.ops.concrete import any_symbolic_tensors
 from keras.src.ops.operation import Operation
 
 
@@ -41,9 +42,7 @@ def call(layer, context, args, kwargs):
     Collective along the axes that shard the layer's variables and inputs, and
     along the data axis where its code needs all rows.
     """
-    if core.get_device() == "meta" or released.has_symbolic_tensors(
-        args, kwargs
-    ):
+    if core.get_device() == "meta" or any_symbolic_tensors(args, kwargs):
         return Operation.__call__(layer, *args, **kwargs)
     function = functools.partial(_call, layer, context)
     if not modes.calls and context.has_layouts:

@@ -2,8 +2,7 @@
 
 import functools
 
-from keras.src.backend.common.keras_tensor import any_symbolic_tensors
-from keras.src.ops.concrete import is_concrete
+from keras.src.ops.concrete import any_symbolic_tensors
 from keras.src.ops.operation import Operation
 from keras.src.utils import traceback_utils
 
@@ -18,20 +17,13 @@ def call(layer, args, kwargs):
     if (
         layer._remat_mode
         or layer.quantization_mode is not None
-        or has_symbolic_tensors(args, kwargs)
+        or any_symbolic_tensors(args, kwargs)
     ):
         return Operation.__call__(layer, *args, **kwargs)
     try:
         return layer.call(*args, **kwargs)
     except Exception as error:
         return _raise_with_arguments(layer, error, args, kwargs)
-
-
-def has_symbolic_tensors(args, kwargs):
-    """As `any_symbolic_tensors`."""
-    if all(map(is_concrete, args)) and all(map(is_concrete, kwargs.values())):
-        return False
-    return any_symbolic_tensors(args, kwargs)
 
 
 def _raise_with_arguments(layer, error, args, kwargs):
