@@ -17,6 +17,7 @@ TESTS = pathlib.Path(__file__).parents[1]
 CASES = """
     import os
     import pathlib
+    import signal
     import time
 
     import pytest
@@ -70,6 +71,12 @@ CASES = """
     def test_rank_0_dies(rank):
         if rank == 0:
             os._exit(7)
+
+
+    def test_rank_1_crashes(rank):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        time.sleep(60)
 
 
     def test_skips():
@@ -240,13 +247,14 @@ def test_each_case_has_its_result(output):
         "test_all_fail": "FAILED",
         "test_rank_0_hangs": "FAILED",
         "test_rank_0_dies": "FAILED",
+        "test_rank_1_crashes": "FAILED",
         "test_expected": "XFAIL",
         "test_alone": "PASSED",
         "test_last": "PASSED",
     }
     assert {case: result_of(output, case) for case in results} == results
     assert "for a reason" in output
-    assert "4 failed, 5 passed, 1 skipped, 1 xfailed" in output
+    assert "5 failed, 5 passed, 1 skipped, 1 xfailed" in output
 
 
 def test_cases_share_processes_until_one_fails(output):
@@ -289,11 +297,18 @@ def test_dead_rank_is_named(output):
     assert "still waiting" not in report
 
 
+def test_where_a_rank_crashed(output):
+    report, _, _ = report_of(output, "test_rank_1_crashes").partition("Capt")
+    assert "rank 1 died: SIGSEGV" in report
+    assert "in test_rank_1_crashes" in report and "pluggy" not in report
+    assert re.search(r"died: SIGSEGV at \w+\.py:\d+ in test_rank_1", output)
+
+
 def test_no_process_is_left(output, folder):
     text = (folder / "integration_tests" / "pids.txt").read_text()
     pids = {int(line) for line in text.splitlines()}
-    # Two for each of six sets, and one alone.
-    assert len(pids) == 13
+    # Two for each of seven sets, and one alone.
+    assert len(pids) == 15
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -12,6 +12,9 @@ from integration_tests.harness.process_set import State
 
 PHASES = ("setup", "call", "teardown")
 
+# A frame of a stack: file, line, function.
+INNERMOST = re.compile(r'File ".*?([^/\\]+)", line (\d+) in (\w+)')
+
 
 class RankFailures(TerminalRepr):
     """What pytest shows of a failed case: a titled part for each cause.
@@ -125,7 +128,10 @@ def failures_of(ranks, limit, moment):
     for rank in ranks:
         if rank.state is State.DIED:
             title = f"{name([rank])} died{moment}: {cause_of_death(rank)}"
-            parts.append((title, ""))
+            stack = stack_of_death(rank.output().get("stderr", ""))
+            parts.append((title, stack))
+            place = INNERMOST.search(stack)
+            title += " at {}:{} in {}".format(*place.groups()) if place else ""
             messages.append(title)
 
     errors = [rank for rank in ranks if rank.step_error is not None]
@@ -184,6 +190,13 @@ def cause_of_death(rank):
     if code < 0:
         return signal.Signals(-code).name
     return f"exit code {code}"
+
+
+def stack_of_death(stderr):
+    """What Python has said of the thread that a signal ended, "" if nothing."""
+    _, _, stacks = stderr.rpartition("Fatal Python error: ")
+    crashed = re.search(r"Current thread .*?(?=\n\n|\Z)", stacks, re.DOTALL)
+    return trim(crashed.group()) if crashed else ""
 
 
 def trim(stacks):

@@ -361,6 +361,8 @@ def _show(released, kind, error, stack):
     if line:
         text += "\n" if "\n" in text else " "
         text += f"This process stopped at {line}."
+    # What torch raises of another's end, and where, tells nobody anything.
+    kind = AnotherFailed if is_of_another(error) else kind
     # In one piece: the lines of several processes do not mix.
     sys.stderr.write(f"[rank{job.rank}]: {kind.__name__}: {text}\n")
     sys.stderr.flush()
