@@ -1,6 +1,7 @@
 """Overlay: what one process's callbacks raise or stop, they do on all.
 
-Those that save a training come last, under a distribution or not.
+What nobody does for a batch costs nothing, and waits for no logs. Those that
+save a training come last. Both under a distribution or not.
 """
 
 import functools
@@ -32,6 +33,7 @@ OFTEN = {
     "on_predict_batch_begin": None,
     "on_predict_batch_end": None,
 }
+ENDS = ("on_train_batch_end", "on_test_batch_end", "on_predict_batch_end")
 
 
 @keras_export("keras.callbacks.CallbackList")
@@ -61,6 +63,27 @@ class CallbackList(upstream.CallbackList):
         for callback in self.callbacks:
             if isinstance(callback, CSVLogger):
                 callback.is_followed = bool(last)
+
+    def _is_taken(self, name):
+        """Whether a callback has something to do in a method for batches, but
+        for a progress bar that is not due."""
+        for callback in self.callbacks:
+            kind = type(callback)
+            if kind is ProgbarLogger:
+                if name in ENDS and callback.is_due(name):
+                    return True
+            elif kind is not History and _overrides(
+                callback, name, OFTEN[name]
+            ):
+                return True
+        return False
+
+    def _leave_out(self, name, batch):
+        """In place of a method in which nobody has anything to do."""
+        if name in ENDS:
+            for callback in self.callbacks:
+                if type(callback) is ProgbarLogger:
+                    callback.count(name, batch)
 
     # Under a distribution collective if any process has a callback: every
     # process calls its list's methods, though callbacks may differ.
@@ -97,9 +120,31 @@ def _overrides(callback, name, inner):
     )
 
 
+def _of_batches(name):
+    """A method of the list that is called for each batch.
+
+    Released Keras hands each of them to a thread, which reads all logs, also
+    where no callback asks for any.
+    """
+    released = getattr(upstream.CallbackList, name)
+
+    @functools.wraps(released)
+    def method(self, batch, logs=None):
+        if not self._is_taken(name):
+            self._leave_out(name, batch)
+            return
+        if hasattr(logs, "settled"):
+            # They are being reduced: the thread that trains waits for them.
+            logs = logs.settled()
+        released(self, batch, logs)
+
+    return method
+
+
 def _agreeing(name):
     """A method of the list in which all processes fail and stop together."""
-    released = getattr(upstream.CallbackList, name)
+    own = _of_batches(name) if name in OFTEN else None
+    released = own or getattr(upstream.CallbackList, name)
 
     @functools.wraps(released)
     def method(self, *args, **kwargs):

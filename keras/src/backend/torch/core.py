@@ -205,6 +205,8 @@ class Variable(upstream.Variable):
     @property
     def value(self):
         # As released Keras's, which makes a function at each read.
+        if modes.modes.settle is not None:
+            modes.modes.settle()
         value = self._value
         if (
             value is None

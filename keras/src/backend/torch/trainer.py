@@ -28,6 +28,7 @@ from keras.src.backend.torch.distribution.ops import activations
 from keras.src.backend.torch.distribution.training import accumulation
 from keras.src.backend.torch.distribution.training import checks
 from keras.src.backend.torch.distribution.training import feeding
+from keras.src.backend.torch.distribution.training import late
 from keras.src.backend.torch.distribution.training import logs as logs_lib
 from keras.src.backend.torch.distribution.training import metric_states
 from keras.src.backend.torch.distribution.training import position
@@ -135,12 +136,21 @@ class TorchTrainer(upstream.TorchTrainer):
         if process_group.process_id():
             arguments["verbose"] = 0
         _check_call(self, name, arguments)
-        if name != "fit":
+        if name == "predict":
             return method(**arguments)
-        with stopping.of_fit(self):
+        if name == "evaluate":
+            with late.in_loop(self, arguments):
+                return method(**arguments)
+        with stopping.of_fit(self), late.in_loop(self, arguments):
             return method(**arguments)
 
     def _get_metrics_result_or_logs(self, logs):
+        # An epoch, or an evaluation, is over.
+        if isinstance(logs, late.Logs):
+            logs = logs.settled()
+        for step in (self.train_function, self.test_function):
+            if isinstance(step, Step):
+                step.conclude()
         here = position.of(self)
         if not logs and here is not None and here.steps:
             # All steps of the epoch were done before it was restored.
@@ -224,6 +234,8 @@ class Step:
         self.model = model
         self.function = function
         self.is_known = None  # Whether all code in it is Keras's own.
+        self.is_released = None  # Whether its methods are.
+        self.pending = None  # The `late.Pending` of the last one.
         self.steps = 0  # So many since `fit` began.
         self.kinds_of_batches = set()
 
@@ -231,8 +243,17 @@ class Step:
         context = current()
         if context is None:
             return self.function(data)
+        late.begin(self.pending)
+        try:
+            return self.do(data, context)
+        finally:
+            late.end(self.pending)
+
+    def do(self, data, context):
+        """One step, of which variables hold the local states."""
+        is_in_loop = isinstance(data, rows.Batch)
         checks.check_once(self.model, context)
-        if not isinstance(data, rows.Batch):
+        if not is_in_loop:
             data = feeding.to_batch(data[0], context)
             # Nothing tells when a loop of the user's begins.
             self.forget()
@@ -252,17 +273,29 @@ class Step:
             with logs_lib.unchanged_by_no_rows(states, data.rows):
                 with self.compiled_if_met_before(data):
                     logs = self.run(data)
-            return self.finish(logs, facts, context)
+            return self.finish(logs, facts, context, is_in_loop)
 
     def begin(self):
-        """To be called as `fit`, `evaluate` or `predict` begins."""
+        """To be called as `fit`, `evaluate` or `predict` begins.
+
+        Collective if one that failed has left a step behind.
+        """
+        self.conclude()
         self.forget()
         self.steps = 0
 
     def forget(self):
         """Lets the next batch find out anew whose code is run."""
-        self.is_known = None
+        self.is_known = self.is_released = None
         known.forget()
+
+    def has_released_methods(self):
+        """Whether the step is Keras's own, in which layers may be the user's:
+        nobody in it asks to stop, and its logs are results of metrics."""
+        if self.is_released is None:
+            names = (self.name, *STEPS, "get_metrics_result")
+            self.is_released = known.has_released(self.model, names)
+        return self.is_released
 
     def check_batch(self, data):
         """Nothing here: the reduction of logs tells whether batches differ."""
@@ -332,35 +365,66 @@ class Step:
                 return self.function(data)
         return self.function(data)
 
-    def finish(self, logs, facts, context):
-        return self.reduce(
-            logs_lib.reduce_logs, logs, self.states(context), facts, context
+    def finish(self, logs, facts, context, is_in_loop):
+        states = self.states(context)
+        is_released = self.has_released_methods()
+        self.reduce(
+            logs_lib.reduce_logs, logs, states, facts, context, is_released
         )
+        if is_in_loop and is_released and late.may_wait(self.model, states):
+            return logs if context.data_size == 1 else late.Logs(self.pending)
+        return self.conclude()
 
     def finish_global(self, logs, states, facts, context):
-        return self.reduce(
-            logs_lib.reduce_global_logs, logs, states, facts, context
-        )
+        self.reduce(logs_lib.reduce_global_logs, logs, states, facts, context)
+        return self.conclude()
 
-    def reduce(self, reduce_logs, logs, states, facts, context):
-        """Global logs; stops if any process wants to, fails if they differ."""
+    def reduce(self, reduce_logs, logs, states, facts, context, *are_results):
+        """Begins to reduce the logs of a step, and ends the one before."""
+        self.conclude(is_superseded=True)
         facts[agreement.GATHERED] = trail.gathers()
         if not context.has_unlike_shards:
             facts[agreement.COMMUNICATED] = trail.layers(context.data_index)
         ballot = agreement.Ballot(facts)
         asked = preemption.of(self.model)
         is_asked = asked is not None and asked.asked
-        logs, (stop, is_asked, *sums) = reduce_logs(
+        reduction = reduce_logs(
             self.model.metrics,
             states,
             logs,
             [float(self.wants_to_stop), float(is_asked), *ballot.numbers],
             context,
+            *are_results,
         )
-        if ballot.check(sums, f"in a {self.name.replace('_', ' ')}"):
+        self.pending = late.Pending(reduction, ballot, context)
+
+    def conclude(self, is_superseded=False):
+        """Global logs of the last step, unless that has been done; stops if any
+        process wants to, fails if they differ. Waits for all processes.
+
+        Collective if they differ: every process calls it.
+
+        Args:
+            is_superseded: bool, whether metrics hold what a later step counts.
+
+        Returns:
+            The logs; None if they are superseded.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        logs = None
+        if is_superseded:
+            pending.reduction.forget()
+        else:
+            logs = pending.settle()
+        stop, is_asked, *sums = pending.reduction.flags
+        if pending.ballot.check(sums, f"in a {self.name.replace('_', ' ')}"):
             # Each data shard by itself was at one.
-            context.has_unlike_shards = True
-        self.wants_to_stop = bool(stop)
+            pending.context.has_unlike_shards = True
+        if stop:
+            self.wants_to_stop = True
+        asked = preemption.of(self.model)
         if asked is not None:
             asked.agreed |= bool(is_asked)
         return logs
@@ -415,13 +479,13 @@ class PredictStep(Step):
         """
         agreement.compare(data.facts, "in a prediction")
 
-    def finish(self, outputs, facts, context):
+    def finish(self, outputs, facts, context, is_in_loop):
         own = self.model._get_own_metrics()
         if context.data_size > 1 and len(self.model.metrics) > len(own):
             # Those of layers, which predictions update too.
-            self.reduce(
-                logs_lib.reduce_logs, {}, self.states(context), facts, context
-            )
+            states = self.states(context)
+            self.reduce(logs_lib.reduce_logs, {}, states, facts, context)
+            self.conclude()
         outputs = tree.map_structure(activations.plain, outputs)
         if context.data_size == 1 or not context.auto_shard:
             # Rows were local from the start: so are those of the outputs.
@@ -438,6 +502,7 @@ class PredictStep(Step):
     def finish_global(self, outputs, states, facts, context):
         if states:
             self.reduce(logs_lib.reduce_global_logs, {}, states, facts, context)
+            self.conclude()
         outputs = tree.map_structure(activations.plain, outputs)
         return borders.leave(outputs, gathers=context.auto_shard)
 

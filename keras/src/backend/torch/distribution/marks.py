@@ -15,6 +15,7 @@ MADE_UNDER = "_torch_made_under"  # the `Context` in which it was made
 CHECKED = "_keras_checked_for"  # the `Context` in which its layout was checked
 POSITION = "_keras_position"  # where its `fit` is: `training.position`
 PREEMPTION = "_keras_preemption"  # whether its `fit` was asked to end
+LOOP = "_keras_loop"  # Keras's own loop runs, which hands logs to callbacks
 STOP = "_keras_stop"  # who asks its `fit` to stop: `training.stopping`
 
 # ---- on a layer

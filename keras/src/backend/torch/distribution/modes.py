@@ -45,6 +45,7 @@ class _Modes(threading.local):
     sharded_outputs = False  # what leaves the outermost layer may be sharded
     runs_backward_once = False  # a step of Keras's own code alone runs
     drawing = False  # drawing initial values, equal on all processes
+    settle = None  # what a variable's readers call first: see `late`
     part = None  # the `drawing.Part` that is to be drawn of one
 
     def __init__(self):
@@ -142,6 +143,15 @@ def on_weights_gathered_once():
 def on_plain_tensors():
     """Within it, variables are read as a layer without a style reads them."""
     return _set(shows=Shows.OPERAND)
+
+
+def settle_before_reads(settle):
+    """Lets whoever reads a variable, in this thread, wait for what it will be.
+
+    Args:
+        settle: function without arguments, that calls this with None; or None.
+    """
+    modes.settle = settle
 
 
 def handing_shards():

@@ -101,9 +101,23 @@ def add_up(flags):
 
     Collective: every process calls it.
     """
+    return adding_up(flags)()
+
+
+def adding_up(flags):
+    """As `add_up`, under way: a function that waits for the sums.
+
+    Collective: every process calls it.
+    """
     sums = torch.tensor(flags, dtype=torch.float64)
-    dist.all_reduce(sums)
-    return sums.tolist()
+    work = dist.all_reduce(sums, async_op=True)
+
+    def wait():
+        if work is not None:
+            work.wait()
+        return sums.tolist()
+
+    return wait
 
 
 class Ballot:

@@ -23,9 +23,10 @@ def make_context(rank, size=WORLD):
 
 
 def reduce_logs(metrics, *args):
-    return logs.reduce_logs(
+    reduction = logs.reduce_logs(
         metrics, metric_states.states_of(metrics, list), *args
     )
+    return reduction.logs(), reduction.flags
 
 
 def batch(total):

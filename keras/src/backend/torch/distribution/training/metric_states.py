@@ -119,6 +119,21 @@ def local(variables, context):
             variable._value = vars(variable)[marks.METRIC_STATE].whole
 
 
+def may_wait(variables):
+    """Whether states need not be whole for the next step, which then begins
+    as if they were.
+
+    Args:
+        variables: states, of a step that is about to end.
+    """
+    states = [vars(v).get(marks.METRIC_STATE) for v in variables]
+    if None in states or not all(_adds_up(v) for v in variables):
+        return False
+    for state in states:
+        state.version = _storage(state.whole)._version
+    return True
+
+
 def whole(variables):
     """Within it, variables hold the whole state, as it was last written."""
     return modes.swapped(
