@@ -8,6 +8,9 @@ Losses of the user's own are computed on the global batch (see
 `distribution/global_rows`).
 """
 
+import math
+
+from keras.src import backend
 from keras.src import ops
 from keras.src.api_export import keras_export
 from keras.src.distribution import processes
@@ -40,7 +43,7 @@ def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
     """
     share = processes.share_of_rows()
     if share is None or tuple(values.shape) == ():
-        return released_reduce_values(values, sample_weight, reduction)
+        return _reduce(values, sample_weight, reduction)
     if reduction == "sum":
         return ops.sum(values) / share if share else ops.sum(values) * 0
     if reduction == "mean_with_sample_weight" and sample_weight is not None:
@@ -50,6 +53,24 @@ def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
         )
     if reduction in MEANS and not values.shape[0]:
         return ops.sum(values)  # No local row: zero, that has a gradient.
+    return _reduce(values, sample_weight, reduction)
+
+
+def _reduce(values, sample_weight, reduction):
+    """As Keras's, which makes a tensor of the number of values, and asks it
+    whether it is zero: on a GPU the host waits for that."""
+    is_mean = reduction in MEANS[:2]
+    if reduction == MEANS[2] and sample_weight is None:
+        is_mean = True
+    if is_mean and backend.backend() != "tensorflow":
+        sizes = tuple(values.shape)
+        if (
+            sizes
+            and all(type(size) is int and size > 0 for size in sizes)
+            # Others Keras promotes.
+            and str(values.dtype).endswith("float32")
+        ):
+            return ops.sum(values) / math.prod(sizes)
     return released_reduce_values(values, sample_weight, reduction)
 
 

@@ -151,3 +151,19 @@ def test_outside_of_a_step_a_loss_is_local(on_threads):
 
     for _, value in on_shards(on_threads, 6, ours):
         torch.testing.assert_close(value, expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float32", "float64", "int32"]
+)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (0, 3)])
+def test_a_loss_is_reduced_as_by_keras(shape, reduction, dtype):
+    values = torch.arange(float(np.prod(shape))).reshape(shape) / 3
+    values = values.to(getattr(torch, dtype))
+    found = [
+        function(values, None, reduction)
+        for function in (overlay.reduce_values, overlay.released_reduce_values)
+    ]
+    assert found[0].dtype == found[1].dtype
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)

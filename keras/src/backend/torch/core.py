@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from keras.src import tree
 from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.variables import get_autocast_scope
 from keras.src.backend.torch import core as upstream
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes
@@ -31,9 +32,11 @@ from keras.src.backend.torch.distribution.variables import unshard
 
 __all__ = [
     "Variable",
+    "cast",
     "convert_to_numpy",
     "convert_to_tensor",
     "remat",
+    "to_torch_dtype",
     "vectorized_map",
 ]
 
@@ -42,6 +45,7 @@ TENSORS = (torch.Tensor, torch.nn.Parameter, DTensor)
 released_convert_to_numpy = upstream.convert_to_numpy
 released_convert_to_tensor = upstream.convert_to_tensor
 released_remat = upstream.remat
+released_to_torch_dtype = upstream.to_torch_dtype
 released_vectorized_map = upstream.vectorized_map
 released_variable = upstream.Variable
 
@@ -161,6 +165,24 @@ class Variable(upstream.Variable):
                 return self._assign_part_of(value)
         return super().assign(value)
 
+    def assign_add(self, value):
+        stored = self._value
+        if not (
+            type(stored) is torch.nn.Parameter
+            and _adds_in_kind(stored, value)
+            and get_autocast_scope() is None
+            and not in_stateless_scope()
+            and not _code_sees_global_batch()
+        ):
+            return super().assign_add(value)
+        # As Keras's, which asks of the sum what is known of the addends.
+        if modes.modes.settle is not None:
+            modes.modes.settle()
+        with torch.no_grad():
+            value = stored + value
+            stored.copy_(value)
+        return value
+
     def _takes_part_of(self, value):
         """Whether a value is in a file, whose part is all that is needed."""
         return (
@@ -248,6 +270,22 @@ class Variable(upstream.Variable):
         )
 
 
+def _adds_in_kind(stored, value):
+    """Whether a sum has the dtype, device and shape of its first addend."""
+    if stored.requires_grad or torch.compiler.is_compiling():
+        return False
+    kind = type(value)
+    if kind is torch.Tensor:
+        return (
+            value.dtype == stored.dtype
+            and value.device == stored.device
+            and (not value.ndim or value.shape == stored.shape)
+        )
+    if kind is float:
+        return stored.is_floating_point()
+    return kind is int and stored.dtype != torch.bool
+
+
 def _code_sees_global_batch():
     return modes.modes.step is not None and not modes.modes.known
 
@@ -265,10 +303,33 @@ def convert_to_tensor(x, dtype=None, sparse=None, ragged=None):
         with private.without_torch_functions():
             device, own = str(x.device), x.dtype
         if device == upstream.get_device() and (
-            dtype is None or own == upstream.to_torch_dtype(dtype)
+            dtype is None or own == to_torch_dtype(dtype)
         ):
             return x
     return released_convert_to_tensor(x, dtype, sparse, ragged)
+
+
+# By names and dtypes, as they have been asked for.
+_dtypes = {}
+
+
+def to_torch_dtype(dtype):
+    """As Keras's, which takes a dtype's text apart each time."""
+    if type(dtype) not in (str, torch.dtype):
+        return released_to_torch_dtype(dtype)
+    found = _dtypes.get(dtype)
+    if found is None:
+        found = _dtypes[dtype] = released_to_torch_dtype(dtype)
+    return found
+
+
+def cast(x, dtype):
+    dtype = to_torch_dtype(dtype)
+    if isinstance(x, released_variable):
+        x = x.value
+    if isinstance(x, torch.Tensor):
+        return x if x.dtype == dtype else x.to(dtype)
+    return convert_to_tensor(x, dtype)
 
 
 def convert_to_numpy(x):

@@ -13,6 +13,7 @@ import torch
 from keras.src import backend
 from keras.src import initializers
 from keras.src import layers
+from keras.src.backend import common
 from keras.src.backend.torch import core
 from keras.src.distribution.distribution_lib import DataParallel
 from keras.src.distribution.distribution_lib import DeviceMesh
@@ -123,3 +124,42 @@ def test_variables_are_freed(fake_world):
     del v
     gc.collect()
     assert [reference() for reference in references] == [None, None]
+
+
+DTYPES = ("float32", "float16", "float64", "int32", "int64", "bool", "uint8")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(1, 2.5, True, np.float32(1.5), np.ones((3,), "int32")),
+        *(torch.tensor(2.0), torch.tensor([1, 0, 2]), torch.ones(3, 3)),
+    ],
+    ids=str,
+)
+def test_adding_to_a_variable_is_as_keras_does_it(dtype, value):
+    """Also what it refuses."""
+
+    def outcome(add):
+        variable = core.Variable(
+            np.array([0, 1, 1]), dtype=dtype, trainable=False
+        )
+        try:
+            result = add(variable, value)
+        except Exception as error:
+            return type(error), variable.numpy().tolist()
+        return result.dtype, result.tolist(), variable.numpy().tolist()
+
+    expected = outcome(common.KerasVariable.assign_add)
+    assert outcome(core.Variable.assign_add) == expected
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, np.dtype("int8")])
+def test_dtypes_and_casts_are_those_of_keras(dtype):
+    expected = overlay.released_to_torch_dtype(dtype)
+    assert core.to_torch_dtype(dtype) is expected
+    for x in (torch.ones(2), [1, 2], 3.0, core.Variable([1.0])):
+        assert core.cast(x, dtype).dtype is expected
+    with pytest.raises(ValueError, match="complex42"):
+        core.to_torch_dtype("complex42")
