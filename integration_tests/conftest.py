@@ -34,6 +34,9 @@ def pytest_configure(config):
         f"{worlds.CASE_LIMIT} seconds",
     )
     config.addinivalue_line(
+        "markers", "apart: share processes with cases of the same module alone"
+    )
+    config.addinivalue_line(
         "markers", "gpu: run on a GPU, which the processes share"
     )
     if worlds.is_launched():

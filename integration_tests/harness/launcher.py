@@ -1,7 +1,8 @@
 """Runs marked tests on several processes, each item a result of its own.
 
 pytest collects as ever. For each world size one set of processes is started,
-as torchrun would start them, and is sent case after case. A set in which a
+as torchrun would start them, and is sent case after case; a module that is
+marked as `apart` has a set of its own. A set in which a
 rank failed, died or hung may be out of step: it is killed, and the next case
 gets a fresh one.
 
@@ -65,7 +66,7 @@ class Launcher:
         for item in items:
             size = worlds.world_of(item)
             if size is not None and not worlds.lacks_gpu(item):
-                kind = size, worlds.needs_gpu(item)
+                kind = size, worlds.needs_gpu(item), worlds.apart(item)
                 by_kind.setdefault(kind, []).append(item)
         if by_kind and self.config.getoption("simulate_gpu", False):
             folder = self.config._tmp_path_factory.mktemp("gpu")
@@ -75,7 +76,8 @@ class Launcher:
                 pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
             self.variables[simulated_gpu.VARIABLE] = str(device)
         for kind, own in by_kind.items():
-            world = World(self.config, self.variables, *kind, own)
+            size, on_gpu, _ = kind
+            world = World(self.config, self.variables, size, on_gpu, own)
             self.worlds[kind] = world
             self.results |= world.begin()
 

@@ -97,7 +97,7 @@ CASES = """
         pass
 """
 
-# A case of each world size waits for the other.
+# A case of each world size waits for the other; so does one that is apart.
 MEETING_CASES = """
     import pathlib
     import time
@@ -112,6 +112,23 @@ MEETING_CASES = """
     def test_meets(world_size):
         (HERE / f"from {world_size}").touch()
         while not (HERE / f"from {3 - world_size}").exists():
+            time.sleep(0.05)
+
+
+    @pytest.mark.limit(30)
+    @pytest.mark.apart
+    @pytest.mark.world(1, 2)
+    def test_apart(world_size):
+        (HERE / f"apart {world_size}").touch()
+        while not (HERE / f"from {world_size}").exists():
+            time.sleep(0.05)
+
+
+    @pytest.mark.limit(30)
+    @pytest.mark.world(2)
+    def test_waits_for_what_is_apart():
+        (HERE / "from 1").touch()
+        while not (HERE / "apart 2").exists():
             time.sleep(0.05)
 """
 
@@ -316,7 +333,7 @@ def test_no_process_is_left(output, folder):
 
 def test_world_sizes_run_at_once(tmp_path):
     output = run_cases(tmp_path, MEETING_CASES)
-    assert "2 passed" in output
+    assert "5 passed" in output
 
 
 def test_what_runs_ahead_ends_with_pytest(tmp_path):

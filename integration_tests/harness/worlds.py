@@ -43,6 +43,12 @@ def world_of(item):
     return sizes[0]
 
 
+def apart(item):
+    """The module of a test item whose cases share processes with no other."""
+    marker = item.get_closest_marker("apart")
+    return None if marker is None else item.module.__name__
+
+
 def limit_of(item):
     """The seconds after which a case counts as hanging."""
     marker = item.get_closest_marker("limit")

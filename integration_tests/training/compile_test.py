@@ -12,7 +12,12 @@ import keras
 from integration_tests.harness import parity
 from keras import layers
 
-pytestmark = [pytest.mark.world(2), pytest.mark.limit(300)]
+# What torch's compiler leaves in a process stays among these.
+pytestmark = [
+    pytest.mark.apart,
+    pytest.mark.world(2),
+    pytest.mark.limit(300),
+]
 
 # The data shards have 3 and 2 rows of each batch. The first batch of a kind
 # runs as written, to find out what compiled code cannot.
