@@ -197,9 +197,9 @@ def test_the_progress_bar_ends_as_on_one_device(epochs, rank):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 model.fit(x, y, batch_size=2, epochs=epochs)
                 model.evaluate(x, y, batch_size=2)
-        lines = out.getvalue().replace("\b", "\n").splitlines()
         # The last one of an epoch ends its line.
-        ends = [line for line in lines if "12/12" in line and "/step" in line]
+        lines = out.getvalue().split("\n")
+        ends = [line.split("\b")[-1] for line in lines if "12/12" in line]
         found = [re.findall(r"(\w+): (\d\.\d+)", line) for line in ends]
         return [[(name, float(x)) for name, x in line] for line in found]
 

@@ -235,6 +235,7 @@ class Step:
         self.function = function
         self.is_known = None  # Whether all code in it is Keras's own.
         self.is_released = None  # Whether its methods are.
+        self.has_cuts = None  # Whether a data axis cuts weights.
         self.pending = None  # The `late.Pending` of the last one.
         self.steps = 0  # So many since `fit` began.
         self.kinds_of_batches = set()
@@ -371,7 +372,13 @@ class Step:
         self.reduce(
             logs_lib.reduce_logs, logs, states, facts, context, is_released
         )
-        if is_in_loop and is_released and late.may_wait(self.model, states):
+        if (
+            is_in_loop
+            and is_released
+            # Whoever listens takes part in each batch, and acts after it.
+            and preemption.of(self.model) is None
+            and late.may_wait(self.model, states)
+        ):
             return logs if context.data_size == 1 else late.Logs(self.pending)
         return self.conclude()
 
@@ -444,6 +451,21 @@ class TrainStep(Step):
     def wants_to_stop(self, value):
         stopping.agree(self.model, value)
 
+    def gathers_weights(self):
+        """Whether a data axis cuts weights of the model."""
+        if self.has_cuts is None:
+            context = current()
+            self.has_cuts = any(
+                isinstance(v._value, DTensor)
+                and context.cuts_data(v._value.placements)
+                for v in self.model.trainable_variables
+            )
+        return self.has_cuts
+
+    def forget(self):
+        super().forget()
+        self.has_cuts = None
+
     def facts(self, data, context):
         facts = super().facts(data, context)
         is_time = self.steps % checks.STEPS_BETWEEN == 0
@@ -455,7 +477,7 @@ class TrainStep(Step):
         step = getattr(self.model.train_step, "__func__", None)
         if step is not TorchTrainer.train_step:
             return super().run(data)
-        if self.is_known:
+        if self.is_known and self.gathers_weights():
             # Keras's step does it too, after the forward pass, beside whose
             # gathered weights the last gradients would lie.
             self.model.zero_grad()

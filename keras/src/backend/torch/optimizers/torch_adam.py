@@ -9,7 +9,7 @@ import math
 import torch
 from torch.optim.adam import adam
 
-from keras.src import ops
+from keras.src.backend.torch.core import convert_to_tensor
 from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.variables import reading
 from keras.src.backend.torch.optimizers import torch_adam as upstream
@@ -33,11 +33,12 @@ class Adam(upstream.Adam):
             super()._parallel_update_step(grads, variables, learning_rate)
             return
         dtype = values[0].dtype
-        step = ops.cast(self.iterations + 1, dtype)
-        beta_1_power = ops.power(ops.cast(self.beta_1, dtype), step)
-        beta_2_power = ops.power(ops.cast(self.beta_2, dtype), step)
-        rate = ops.cast(learning_rate, dtype)
-        rate = rate * ops.sqrt(1 - beta_2_power) / (1 - beta_1_power)
+        # As Keras's, in torch's own functions: they are called each step.
+        step = (self.iterations.value + 1).to(dtype)
+        beta_1_power = torch.pow(_number(self.beta_1), step)
+        beta_2_power = torch.pow(_number(self.beta_2), step)
+        rate = convert_to_tensor(learning_rate, dtype)
+        rate = rate * torch.sqrt(1 - beta_2_power) / (1 - beta_1_power)
         # Keras adds epsilon to the velocity before it corrects the bias, torch
         # afterwards. So the rate bears Keras's corrections, and torch's are
         # those of a late step: none.
@@ -57,6 +58,10 @@ class Adam(upstream.Adam):
             amsgrad=self.amsgrad,
             maximize=False,
         )
+
+
+def _number(x):
+    return x if isinstance(x, torch.Tensor) else float(x)
 
 
 def _takes(*lists):
