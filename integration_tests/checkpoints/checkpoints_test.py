@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -574,6 +575,32 @@ def test_training_waits_for_the_copy_alone(rank, tmp_path, monkeypatch):
         assert callback.wait_until_finished().name == "step-00000001"
         keras.distribution.load_checkpoint(model, tmp_path)
         assert_equal(everything(model), expected)
+
+
+def test_what_an_exception_has_left_under_way_is_the_newest(
+    rank, tmp_path, monkeypatch
+):
+    released = saving.folders.finish
+
+    def slow(*args):
+        time.sleep(1)
+        return released(*args)
+
+    with under(distributions()["both"]):
+        model = make_model()
+        step(model)
+        keras.distribution.save_checkpoint(model, tmp_path)
+        monkeypatch.setattr(saving.folders, "finish", slow)
+        step(model)
+        expected = everything(model)
+        callback = keras.callbacks.ShardedCheckpoint(tmp_path, max_to_keep=1)
+        callback._checkpoints.save(callback._saver, model, 2)
+        step(model)
+        # It removes the one before when it is done.
+        keras.distribution.load_checkpoint(model, tmp_path)
+        assert_equal(everything(model), expected)
+        everyone.gather(None)
+        assert [p.name for p in tmp_path.glob("step*")] == ["step-00000002"]
 
 
 def test_no_thread_and_no_group_is_left(rank, tmp_path):

@@ -18,13 +18,19 @@ from keras.src.random import seed_generator
 Saver = saving.Saver
 position_of = position.of
 listen_for_preemption = preemption.listen
-latest = folders.latest
 
 # Of what a checkpoint is: all that training goes on from, or weights, with or
 # without an optimizer's.
 TRAINING, WEIGHTS = "training", "weights"
 # The names of what the program keeps as arrays begin so.
 ARRAYS = "arrays"
+
+
+def latest(directory):
+    """The newest checkpoint of a directory, None without one. Waits for what
+    this process has left under way."""
+    saving.end_left()
+    return folders.latest(directory)
 
 
 def save(
@@ -143,6 +149,8 @@ def restore(model, path, weights_only=False):
         OSError: if something of it is missing, cut short or damaged.
         ValueError: if it is of another model.
     """
+    with own_distribution(model), saving.work(f"looking into {path}"):
+        saving.end_left()
     with own_distribution(model), saving.work(f"restoring from {path}"):
         _check_built(model, "restored")
         reader = reading.ShardReader(path)

@@ -103,9 +103,7 @@ class Saver:
                 *(token, rank, world),
             )
         # It lives until it is done, also where the program ends.
-        self._thread = threading.Thread(
-            target=self._writing.run, name="keras-checkpoint", daemon=False
-        )
+        self._thread = _Thread(self._writing)
         self._thread.start()
 
     def wait(self):
@@ -136,6 +134,28 @@ class Saver:
             writing.stop()
             thread.join()
         return folders.latest(self.directory)
+
+
+class _Thread(threading.Thread):
+    def __init__(self, writing):
+        super().__init__(
+            target=writing.run, name="keras-checkpoint", daemon=False
+        )
+        self.writing = writing
+
+
+def end_left():
+    """Lets this process finish what an exception has left under way: it will
+    be the newest checkpoint, and removes the oldest.
+
+    Waits for the disk, and for some time for other processes, which may have
+    left as well.
+    """
+    for thread in threading.enumerate():
+        if isinstance(thread, _Thread):
+            thread.join(LAST)
+            thread.writing.stop()
+            thread.join()
 
 
 class _Writing:
