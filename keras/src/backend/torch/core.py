@@ -172,7 +172,10 @@ class Variable(upstream.Variable):
             and _adds_in_kind(stored, value)
             and get_autocast_scope() is None
             and not in_stateless_scope()
-            and not _code_sees_global_batch()
+            and not (
+                _code_sees_global_batch()
+                and metric_states.state_in_step(self) is not None
+            )
         ):
             return super().assign_add(value)
         # As Keras's, which asks of the sum what is known of the addends.
