@@ -180,6 +180,10 @@ def dot_product_attention(
     torch has no sharding rule for attention on CPU. Heads need nothing of each
     other, so no rule is needed.
 
+    Keras asks torch whether flash attention can be used with an object of C++,
+    which breaks the graph of a compiled step at each attention, and with it
+    those of all layers around. There torch itself takes the kernel that fits.
+
     Collective along the model axes if query, key and value are not sharded
     alike.
 
@@ -188,6 +192,8 @@ def dot_product_attention(
         bias, mask: optional tensors that broadcast to
             `(batch, heads, query length, key length)`.
     """
+    if flash_attention is None and torch.compiler.is_compiling():
+        flash_attention = False
     return attention.attend(
         released_dot_product_attention,
         (query, key, value),

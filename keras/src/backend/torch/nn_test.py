@@ -24,6 +24,17 @@ def test_overlay_is_in_place():
     assert backend.nn.dot_product_attention is overlay.dot_product_attention
 
 
+def test_attention_does_not_break_the_graph_of_a_compiled_step():
+    attend = torch.compile(
+        nn.dot_product_attention, backend="eager", fullgraph=True
+    )
+    query, key, value = torch.randn(3, 2, 5, 3, 4)
+    torch.testing.assert_close(
+        attend(query, key, value, is_causal=True),
+        nn.dot_product_attention(query, key, value, is_causal=True),
+    )
+
+
 @pytest.mark.parametrize("keepdims", [False, True])
 @pytest.mark.parametrize("axes", [0, [0, 1], (-1,)])
 def test_moments_without_a_distribution(axes, keepdims):
