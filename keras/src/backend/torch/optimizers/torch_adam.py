@@ -10,7 +10,6 @@ import torch
 from torch.optim.adam import adam
 
 from keras.src.backend.torch.core import convert_to_tensor
-from keras.src.backend.torch.distribution.mesh.context import current
 from keras.src.backend.torch.distribution.variables import reading
 from keras.src.backend.torch.optimizers import torch_adam as upstream
 
@@ -19,7 +18,9 @@ __all__ = ["Adam"]
 
 class Adam(upstream.Adam):
     def _parallel_update_step(self, grads, variables, learning_rate):
-        if torch.compiler.is_compiling() and current() is None:
+        if torch.compiler.is_compiling():
+            # Of its steps, a compiler makes one kernel too: torch's own breaks
+            # the graph of each function that led there.
             super()._parallel_update_step(grads, variables, learning_rate)
             return
         slots = [self._momentums, self._velocities]
