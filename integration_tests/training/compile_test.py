@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters  # Public ways to count there are none.
 import keras
 from integration_tests.harness import parity
 from keras import layers
+from keras.src.backend.torch.distribution import modes
 
 # What torch's compiler leaves in a process stays among these.
 pytestmark = [
@@ -118,3 +119,22 @@ def test_weights_that_are_cut(name, caplog):
     assert not pieces["graphs"]
     is_first = torch.distributed.get_rank() == 0
     assert caplog.text.count("`jit_compile=True` has no effect") == is_first
+
+
+def test_cut_weights_cost_nothing_where_compilation_is_asked_for(monkeypatch):
+    """Cross-entropy writes over its one tensor, as without `jit_compile`."""
+    entered = []
+    released = modes.running_backward_once
+
+    def running_backward_once():
+        entered.append(True)
+        return released()
+
+    monkeypatch.setattr(modes, "running_backward_once", running_backward_once)
+    with CUT["model"]().scope():
+        model = make_model()
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, jit_compile=True)
+        x, y = np.ones((ROWS, 5)), np.arange(ROWS) % 3
+        model.fit(x, y, batch_size=BATCH, verbose=0)
+    assert len(entered) == ROWS // BATCH

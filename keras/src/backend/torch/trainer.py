@@ -170,11 +170,8 @@ class TorchTrainer(upstream.TorchTrainer):
     def _runs_backward_once(self):
         """Whether nobody else can reach the graph of the loss."""
         loss = getattr(self._compile_loss, "_user_loss", None)
-        return (
-            type(loss) is losses.SparseCategoricalCrossentropy
-            and known.has_released(self, STEPS)
-            and not self.jit_compile
-        )
+        is_sparse = type(loss) is losses.SparseCategoricalCrossentropy
+        return is_sparse and known.has_released(self, STEPS)
 
     def _compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
@@ -235,8 +232,10 @@ class Step:
         self.function = function
         self.is_known = None  # Whether all code in it is Keras's own.
         self.is_released = None  # Whether its methods are.
-        self.has_cuts = None  # Whether a data axis cuts weights.
+        self.gathers = None  # Whether a data axis cuts weights.
         self.pending = None  # The `late.Pending` of the last one.
+        self.is_compiled = False  # Whether the step under way is.
+        self.cuts_weights = None  # Whether the layout does.
         self.steps = 0  # So many since `fit` began.
         self.kinds_of_batches = set()
 
@@ -287,7 +286,7 @@ class Step:
 
     def forget(self):
         """Lets the next batch find out anew whose code is run."""
-        self.is_known = self.is_released = None
+        self.is_known = self.is_released = self.cuts_weights = None
         known.forget()
 
     def has_released_methods(self):
@@ -308,6 +307,7 @@ class Step:
 
     def on_global_batch(self, data, facts, context):
         """Runs the step where code sees the global batch."""
+        self.is_compiled = False
         states = [v for v in self.states(context) if v.aggregation == "sum"]
         with (
             rows.current_rows(None),
@@ -321,20 +321,28 @@ class Step:
     def compiled_if_met_before(self, data):
         """Within it, a compiled step is run as written on a new kind of batch:
         layers find their style there, which compiled code takes as known."""
-        if not self.model.jit_compile:
-            return contextlib.nullcontext()
-        if any(isinstance(v._value, DTensor) for v in self.model.variables):
-            self.say_not_compiled()
-            return self.uncompiled()
+        self.is_compiled = self.may_compile(data)
+        return (
+            contextlib.nullcontext() if self.is_compiled else self.uncompiled()
+        )
+
+    def may_compile(self, data):
+        if not self.model.jit_compile or self.cuts_weights:
+            return False
         kind = tuple(
             (tuple(x.shape[1:]), str(x.dtype))
             for x in tree.flatten(data[0])
             if x is not None
         )
-        if kind in self.kinds_of_batches:
-            return contextlib.nullcontext()
+        is_new = kind not in self.kinds_of_batches
         self.kinds_of_batches.add(kind)
-        return torch.compiler.set_stance("force_eager")
+        if is_new or self.cuts_weights is None:
+            self.cuts_weights = any(
+                isinstance(v._value, DTensor) for v in self.model.variables
+            )
+        if self.cuts_weights:
+            self.say_not_compiled()
+        return not (is_new or self.cuts_weights)
 
     def say_not_compiled(self):
         if current().says_first("not compiled") and process_group.is_first():
@@ -453,18 +461,18 @@ class TrainStep(Step):
 
     def gathers_weights(self):
         """Whether a data axis cuts weights of the model."""
-        if self.has_cuts is None:
+        if self.gathers is None:
             context = current()
-            self.has_cuts = any(
+            self.gathers = any(
                 isinstance(v._value, DTensor)
                 and context.cuts_data(v._value.placements)
                 for v in self.model.trainable_variables
             )
-        return self.has_cuts
+        return self.gathers
 
     def forget(self):
         super().forget()
-        self.has_cuts = None
+        self.gathers = None
 
     def facts(self, data, context):
         facts = super().facts(data, context)
@@ -482,7 +490,7 @@ class TrainStep(Step):
             # gathered weights the last gradients would lie.
             self.model.zero_grad()
         once = contextlib.nullcontext()
-        if self.model._runs_backward_once():
+        if not self.is_compiled and self.model._runs_backward_once():
             once = modes.running_backward_once()
         with once, accumulation.accumulating(self.model.optimizer, current()):
             return super().run(data)
