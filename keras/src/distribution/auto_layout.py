@@ -1,245 +1,18 @@
 """A layout map that is found, and not written: `LayoutMap.auto`.
 
-A model is traced once (`processes.flows`). Variables that are alike but for the
-numbers in their paths are decided on together. Each is left whole, or cut on a
-dim that the model axis divides; a layout is judged by the bytes that a process
-sends in a step, on the model axis alone, and those that it holds. Where a block
-ends in a sum of branches activations are whole, so blocks are searched apart:
-all choices of one, or, where these are too many, choices that no change of one
-variable betters. Then, until a process holds no more than the budget, the
-largest weights are cut by the data axis (FSDP).
-
-As in Megatron-LM (Shoeybi et al., 2019), what comes out pairs a layer whose
-outputs are cut with one whose inputs are. Of search, sharing between repeated
-blocks and costs after Alpa (Zheng et al., 2022).
+A model is traced once (`processes.flows`), cuts over a model axis are searched
+for (`layout_search`), and then, until a process holds no more than the budget,
+the largest weights are cut by the data axis (FSDP).
 """
 
-import collections
-import itertools
 import math
-import re
 
-from keras.src import backend
+from keras.src.distribution import layout_keys
 from keras.src.distribution import processes
 from keras.src.distribution import report_text
-from keras.src.utils import dtype_utils
-
-# A byte that a process holds may cost so many that it sends in a step. Held
-# bytes are computed with, reduced over data shards and updated by an optimizer,
-# and there are activations beside them.
-WORTH = 30
-# Variables of less than this share of all bytes are whole, or follow others.
-SMALL = 0.015
-CHOICES = 4096
-
-
-class Group:
-    """Variables that are decided on together.
-
-    Attributes:
-        members: list of indices.
-        key: string, a regular expression of their paths.
-        dims: the choices: dims to cut, and None.
-        bytes: int, of all of them.
-    """
-
-    def __init__(self, key):
-        self.key, self.members, self.dims, self.bytes = key, [], [None], 0
-
-
-class Search:
-    """The search for the cuts over one model axis.
-
-    Args:
-        weights, flow: what `processes.flows().trace` gives.
-        shards: int, the size of the axis.
-    """
-
-    def __init__(self, weights, flow, shards):
-        self.weights, self.shards = weights, shards
-        self.groups = _groups(weights, flow, shards)
-        self.group_of = {
-            i: g for g, group in enumerate(self.groups) for i in group.members
-        }
-        total = sum(_bytes(v) for v in weights)
-        self.counts = [
-            group.bytes >= SMALL * total and len(group.dims) > 1
-            for group in self.groups
-        ]
-        self.events = self._of_groups(flow.events)
-
-    def _of_groups(self, events):
-        """Events of groups and not of variables, and how often they are."""
-        columns, counted = collections.defaultdict(list), collections.Counter()
-        for e in events:
-            labels = self._labels(e["labels"])
-            others = self._labels(e["others"])
-            if e["kind"] == "column":
-                columns[e["origin"]].append((labels, others, e["bytes"]))
-            else:
-                counted[e["kind"], labels, others, e["bytes"], e["more"]] += 1
-        for given in columns.values():
-            counted["columns", frozenset(given), None, 0, 0] += 1
-        return counted
-
-    def _labels(self, labels):
-        found = ((self.group_of[i], d) for i, d in labels)
-        return frozenset((g, d) for g, d in found if d in self.groups[g].dims)
-
-    def best(self):
-        """The decisions: a list of a dim or None for each group, and what
-        comes next: a tuple of the cost that it adds, the groups and dims."""
-        decisions = [None] * len(self.groups)
-        second = None
-        for part, events in self._parts():
-            ranked = self._ranked(part, events)
-            cost, chosen = ranked[0]
-            for g, dim in zip(part, chosen):
-                decisions[g] = dim
-            for other_cost, other in ranked[1:]:
-                if second is None or other_cost - cost < second[0]:
-                    second = other_cost - cost, part, other
-        return decisions, second
-
-    def _parts(self):
-        """Groups that meet in an event, and these events."""
-        parent = list(range(len(self.groups)))
-
-        def root(g):
-            while parent[g] != g:
-                g = parent[g]
-            return g
-
-        met = {event: sorted(_met(event)) for event in self.events}
-        for groups in met.values():
-            for g in groups[1:]:
-                parent[root(g)] = root(groups[0])
-        parts, events = collections.defaultdict(list), {}
-        for g, group in enumerate(self.groups):
-            if len(group.dims) > 1:
-                parts[root(g)].append(g)
-        for event, groups in met.items():
-            if groups:
-                events.setdefault(root(groups[0]), []).append(event)
-        return [(part, events.get(r, [])) for r, part in parts.items()]
-
-    def _ranked(self, part, events):
-        """The best choices for some groups, and the next: pairs of a cost and
-        a tuple of dims."""
-        choices = [self.groups[g].dims for g in part]
-
-        def cost(dims):
-            return self.cost(dict(zip(part, dims)), events)
-
-        if math.prod(len(dims) for dims in choices) <= CHOICES:
-            ranked = [
-                (cost(dims), dims) for dims in itertools.product(*choices)
-            ]
-        else:
-            ranked = _descents(choices, cost)
-        ranked.sort(key=lambda pair: pair[0])
-        return ranked[:2]
-
-    def cost(self, decisions, events):
-        """Bytes that a process sends, and what it holds."""
-        cut = {(g, d) for g, d in decisions.items() if d is not None}
-        held = sum(
-            self.groups[g].bytes / (1 if d is None else self.shards)
-            for g, d in decisions.items()
-            if self.counts[g]
-        )
-        return self.sent(cut, events) + WORTH * held
-
-    def sent(self, cut, events):
-        return sum(
-            self.events[event] * _sent(event, cut, self.shards)
-            for event in events
-        )
-
-
-def _descents(choices, cost):
-    """Choices that no change of one betters, from a few starts."""
-    found = {}
-    for start in range(max(map(len, choices))):
-        dims = [options[min(start, len(options) - 1)] for options in choices]
-        best, is_better = cost(dims), True
-        while is_better:
-            is_better = False
-            for i, options in enumerate(choices):
-                for option in options:
-                    other = [*dims[:i], option, *dims[i + 1 :]]
-                    now = cost(other)
-                    if now < best:
-                        dims, best, is_better = other, now, True
-        found[tuple(dims)] = best
-    return [(value, dims) for dims, value in found.items()]
-
-
-def _met(event):
-    kind, labels, others, _, _ = event
-    if kind == "columns":
-        return {g for mine, inner, _ in labels for g, _ in (*mine, *inner)}
-    return {g for g, _ in (*labels, *others)}
-
-
-def _sent(event, cut, shards):
-    """Bytes that a process sends because of an event."""
-    kind, labels, others, size, more = event
-    part = (shards - 1) / shards
-    if kind == "columns":
-        # One reduction of what several were handed.
-        costs = [
-            (part if inner & cut else 2 * part) * handed
-            for mine, inner, handed in labels
-            if mine & cut
-        ]
-        return max(costs, default=0)
-    mine, theirs = bool(labels & cut), bool(others & cut)
-    if kind == "gather":
-        return part * size * mine
-    if kind == "sum":
-        return 2 * part * size * mine
-    if kind == "meet":
-        # What is whole is sliced, and its gradient is gathered.
-        return part * (more if mine else size) * (mine != theirs)
-    # "contract": activations, and a weight, are cut on the dim summed over.
-    if mine and theirs:
-        return 2 * part * size
-    if theirs:
-        return 2 * part * size + part * more
-    return part * more * mine
-
-
-def _bytes(variable):
-    dtype = backend.standardize_dtype(variable.dtype)
-    return math.prod(variable.shape) * dtype_utils.dtype_size(dtype) // 8
-
-
-def pattern_of(path):
-    """A regular expression of a path, whatever numbers it has."""
-    return re.sub(r"\d+", r"\\d+", re.escape(path).replace(r"\-", "-"))
-
-
-def _groups(weights, flow, shards):
-    live = set()
-    for event in flow.events:
-        if event["kind"] != "gather":
-            live |= event["labels"] | event["others"]
-    groups = {}
-    for i, v in enumerate(weights):
-        shape = tuple(v.shape)
-        pattern = pattern_of(v.path)
-        dims = [
-            d
-            for d, n in enumerate(shape)
-            if (i, d) in live and n % shards == 0 and (i, d) not in flow.follows
-        ]
-        kind = pattern, shape, v.dtype, tuple(dims)
-        group = groups.setdefault(kind, Group(pattern))
-        group.members.append(i)
-        group.dims = [None, *dims]
-        group.bytes += _bytes(v)
-    return list(groups.values())
+from keras.src.distribution.layout_facts import bytes_of
+from keras.src.distribution.layout_search import WORTH
+from keras.src.distribution.layout_search import Search
 
 
 def find(
@@ -285,7 +58,7 @@ def find(
                 _factor(made, flows.slots_of(made)),
             )
         )
-    return _keys(weights, axes), "\n".join(notes)
+    return layout_keys.keys_of(weights, axes), "\n".join(notes)
 
 
 def _first(x):
@@ -325,7 +98,7 @@ def _followed(i, axes, search, flow, cut):
 def _sentence(search, decisions, axis):
     cut = {(g, d) for g, d in enumerate(decisions) if d is not None}
     sent = search.sent(cut, search.events)
-    whole = sum(_bytes(v) for v in search.weights)
+    whole = sum(bytes_of(v, v.shape) for v in search.weights)
     here = whole - sum(
         search.groups[g].bytes * (1 - 1 / search.shards) for g, _ in cut
     )
@@ -368,7 +141,9 @@ def _fit(weights, axes, sizes, data_axis, budget, factor):
     def held(i):
         cut = math.prod(sizes[n] for n in axes[i] if n)
         return (
-            _bytes(weights[i]) / cut * (factor if weights[i].trainable else 1)
+            bytes_of(weights[i], weights[i].shape)
+            / cut
+            * (factor if weights[i].trainable else 1)
         )
 
     total = sum(map(held, range(len(weights))))
@@ -400,77 +175,3 @@ def _fit(weights, axes, sizes, data_axis, budget, factor):
             "take a mesh of more processes"
         )
     return text
-
-
-def _keys(weights, axes):
-    """Keys that match what is cut alike, and nothing else."""
-    cut_of = {v.path: tuple(cut) for v, cut in zip(weights, axes)}
-    alike = {}
-    for path, cut in cut_of.items():
-        if any(cut):
-            alike.setdefault((pattern_of(path), cut), []).append(path)
-    keys = {}
-    for (_, cut), paths in alike.items():
-        key = common_pattern(paths)
-        if any(
-            re.fullmatch(key, path) and other != cut
-            for path, other in cut_of.items()
-        ):
-            key = "|".join(map(re.escape, paths))
-        keys[key] = cut
-    return _joined(keys)
-
-
-def common_pattern(paths):
-    """A regular expression of paths that differ in numbers alone."""
-    split = [re.split(r"(\d+)", path) for path in paths]
-    parts = []
-    for place, words in enumerate(zip(*split)):
-        if place % 2 and len(set(words)) > 1:
-            parts.append(r"\d+")
-        else:
-            parts.append(re.escape(words[0]).replace(r"\-", "-"))
-    return "".join(parts)
-
-
-def _joined(keys):
-    """Joins keys of one layout that differ in one part of the path."""
-    result = {}
-    for key, cut in keys.items():
-        parts = key.split("/")
-        for other, theirs in list(result.items()):
-            others = other.split("/")
-            differ = [
-                i for i, (a, b) in enumerate(zip(parts, others)) if a != b
-            ]
-            if (
-                theirs == cut
-                and len(parts) == len(others)
-                and len(differ) == 1
-                and "|" not in key
-                and (differ[0] < len(parts) - 1)
-            ):
-                (i,) = differ
-                inside = others[i]
-                if inside.startswith("(") and inside.endswith(")"):
-                    inside = inside[1:-1]
-                elif "|" in inside:
-                    continue
-                others[i] = f"({inside}|{parts[i]})"
-                del result[other]
-                result["/".join(others)] = cut
-                break
-        else:
-            result[key] = cut
-    return result
-
-
-def code_of(keys):
-    """A program that makes such a layout map."""
-    lines = ["layout_map = keras.distribution.LayoutMap(mesh)"]
-    for key, cut in keys.items():
-        quoted = f'r"{key}"' if "\\" in key else f'"{key}"'
-        names = ", ".join(f'"{n}"' if n else "None" for n in cut)
-        comma = "," if len(cut) == 1 else ""
-        lines.append(f"layout_map[{quoted}] = ({names}{comma})")
-    return "\n".join(lines)

@@ -7,7 +7,8 @@ import pytest
 
 import keras
 from keras import layers
-from keras.src.distribution import auto_layout
+from keras.src.distribution import layout_keys
+from keras.src.distribution import layout_search
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="it is there for torch alone"
@@ -137,11 +138,11 @@ def test_keys_that_numbers_tell_apart():
             self.path = path
 
     cuts = [[None, "model"], ["model", None], [None, "model"]]
-    keys = auto_layout._keys([Weight(p) for p in paths], cuts)
+    keys = layout_keys.keys_of([Weight(p) for p in paths], cuts)
     for path, cut in zip(paths, cuts):
         matched = [key for key in keys if re.fullmatch(key, path)]
         assert [keys[key] for key in matched] == [tuple(cut)]
-    common = auto_layout.common_pattern(["a_1/x_2", "a_3/x_2"])
+    common = layout_keys.common_pattern(["a_1/x_2", "a_3/x_2"])
     assert common == r"a_\d+/x_2"
 
 
@@ -154,7 +155,7 @@ def test_many_choices_are_descended():
             3 * (d is None) + (d == e) for d, e in zip(dims, [*dims[1:], None])
         )
 
-    value, dims = min(auto_layout._descents(choices, cost))
+    value, dims = min(layout_search._descents(choices, cost))
     assert None not in dims and value <= 1
 
 

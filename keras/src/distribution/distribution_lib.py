@@ -130,6 +130,7 @@ class LayoutMap(upstream.LayoutMap):
             A `LayoutMap`, with two strings beside: `code` and `explanation`.
         """
         from keras.src.distribution import auto_layout
+        from keras.src.distribution import layout_keys
 
         keys, explanation = auto_layout.find(
             model, mesh, batch_size, budget, x, batch_dim_name
@@ -137,7 +138,7 @@ class LayoutMap(upstream.LayoutMap):
         layout_map = cls(mesh)
         for key, axes in keys.items():
             layout_map[key] = axes
-        layout_map.code = auto_layout.code_of(keys)
+        layout_map.code = layout_keys.code_of(keys)
         layout_map.explanation = explanation
         return layout_map
 
