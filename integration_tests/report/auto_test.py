@@ -2,8 +2,8 @@
 
 import os
 
+import numpy as np
 import pytest
-import torch.distributed as dist
 
 import keras
 from integration_tests.harness import parity
@@ -34,22 +34,40 @@ def test_traffic(name, shape, no_world):
     assert list(found) or shape[1] == 1
 
 
+def uneven():
+    """Two model axes divide its dims, and one of four does not."""
+    model = keras.Sequential([keras.Input((16,))])
+    for i, units in enumerate((10, 6, 10)):
+        model.add(keras.layers.Dense(units, "tanh", name=f"dense_{i}"))
+    return model
+
+
+def numbers():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(7, 16)), rng.normal(size=(7, 10))
+
+
 @pytest.mark.world(4)
-def test_numbers_are_those_of_one_device():
+@pytest.mark.parametrize(
+    "make, data, loss, shape, axes",
+    [
+        (programs.gpt, programs.text, programs.LOSS, (2, 2), ["model"]),
+        (programs.gpt, programs.text, programs.LOSS, (1, 2, 2), ["model_two"]),
+        (uneven, numbers, "mse", (1, 2, 2), ["model", "two"]),
+    ],
+)
+def test_numbers_are_those_of_one_device(make, data, loss, shape, axes):
     devices = keras.distribution.list_devices()
-    mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
-    x, y = programs.text()
-
-    def make():
-        return programs.gpt()
-
+    names = ("batch", "model", "two")[: len(shape)]
+    mesh = keras.distribution.DeviceMesh(shape, names, devices)
+    x, y = data()
     layout_map = keras.distribution.LayoutMap.auto(make, mesh, len(x))
-    assert not dist.get_rank() or layout_map.code
-    assert "block_\\d+_attention" in layout_map.code
+    used = {n for key in layout_map for n in layout_map[key].axes if n}
+    assert sorted(used) == axes
     distribution = keras.distribution.ModelParallel(
         layout_map=layout_map, batch_dim_name="batch"
     )
-    arguments = {"loss": programs.LOSS, "steps": 2}
+    arguments = {"loss": loss, "steps": 2}
     expected = parity.train(make, x, y, **arguments)
     actual = parity.train(make, x, y, distribution=distribution, **arguments)
     parity.assert_same(actual, expected)

@@ -1,64 +1,82 @@
 """A layout map that is found, and not written: `LayoutMap.auto`.
 
-A model is traced once (`processes.flows`), cuts over a model axis are searched
-for (`layout_search`), and then, until a process holds no more than the budget,
-the largest weights are cut by the data axis (FSDP).
+A model is traced (`processes.flows`), cuts over model axes are searched for
+(`layout_plan`), and then, until a process holds no more than the budget, the
+largest weights are cut by the data axis (FSDP). Several model axes cut dims of
+their own, or are joined to one axis, whichever costs less.
 """
 
+import functools
 import math
+import typing
+import warnings
 
 from keras.src.distribution import layout_keys
 from keras.src.distribution import processes
 from keras.src.distribution import report_text
 from keras.src.distribution.layout_facts import bytes_of
+from keras.src.distribution.layout_plan import Plan
 from keras.src.distribution.layout_search import WORTH
-from keras.src.distribution.layout_search import Search
+
+
+class Found(typing.NamedTuple):
+    """What is found.
+
+    Attributes:
+        keys: dict from keys to tuples of axis names.
+        mesh: that they are of.
+        code: string, a program that makes the layout map.
+        explanation: string, what was decided, and what else could have been.
+        sent: dict from model axes to bytes that a process sends in a step.
+    """
+
+    keys: dict
+    mesh: typing.Any
+    code: str
+    explanation: str
+    sent: dict
 
 
 def find(
     model, mesh, batch_size=None, budget=None, x=None, batch_dim_name=None
 ):
-    """See `LayoutMap.auto`.
-
-    Returns:
-        Tuple of a dict from keys to tuples of axis names, and a string: what
-        was decided, and what else could have been.
-    """
+    """See `LayoutMap.auto`. Returns what is `Found`."""
     names = list(mesh.axis_names)
     sizes = dict(zip(names, (int(n) for n in mesh.shape)))
     batch = batch_dim_name or names[0]
     batch = (batch,) if isinstance(batch, str) else tuple(batch)
-    model_axes = [n for n in names if n not in batch and sizes[n] > 1]
-    axis = max(model_axes, key=sizes.get, default=None)
-    shards = 1 if axis is None else sizes[axis]
     data = math.prod(sizes[n] for n in batch)
     flows = processes.flows()
     made = flows.make(model, x)
     rows = batch_size if x is None else len(_first(x))
     rows = max(1, -(-(rows or data) // data))
-    weights, flow = flows.trace(made, shards, rows, x)
-    axes = [[None] * len(v.shape) for v in weights]
-    notes = []
-    if shards > 1:
-        search = Search(weights, flow, shards)
-        decisions, second = search.best()
-        _cut(axes, search, decisions, flow, axis)
-        notes.append(_sentence(search, decisions, axis))
-        if second is not None:
-            notes.append(_runner_up(search, second))
+    traced = functools.cache(lambda shards: flows.trace(made, shards, rows, x))
+    weights = list({id(v): v for v in made.variables}.values())
+    own = {n: sizes[n] for n in names if n not in batch and sizes[n] > 1}
+    plan, notes, code = Plan(weights, traced, own), [], []
+    if len(own) > 1:
+        one = {"_".join(own): math.prod(own.values())}
+        joined = Plan(weights, traced, one)
+        # Of what costs as much, the mesh as it is.
+        plan, other = sorted((plan, joined), key=Plan.cost)
+        notes.append(_other_axes(other))
+        if plan is joined:
+            mesh, line = _joined(mesh, list(own), plan.sizes)
+            code.append(line)
+    if own:
+        notes[:0] = [
+            _sentence(plan),
+            *(_runner_up(plan, axis) for axis, s in plan.second.items() if s),
+            *_unused(plan, batch),
+        ]
     if budget is not None:
         data_axis = max(batch, key=sizes.get)
-        notes.append(
-            _fit(
-                weights,
-                axes,
-                sizes,
-                data_axis,
-                budget,
-                _factor(made, flows.slots_of(made)),
-            )
-        )
-    return layout_keys.keys_of(weights, axes), "\n".join(notes)
+        factor = _factor(made, flows.slots_of(made))
+        sizes |= plan.sizes
+        notes.append(_fit(weights, plan.axes, sizes, data_axis, budget, factor))
+    keys = layout_keys.keys_of(weights, plan.axes)
+    code.append(layout_keys.code_of(keys))
+    return Found(keys, mesh, "\n".join(code), "\n".join(notes), plan.sent())
 
 
 def _first(x):
@@ -67,60 +85,84 @@ def _first(x):
     return tree.flatten(x)[0]
 
 
-def _cut(axes, search, decisions, flow, axis):
-    cut = set()
-    for group, dim in zip(search.groups, decisions):
-        if dim is not None:
-            for i in group.members:
-                axes[i][dim] = axis
-                cut.add((i, dim))
-    # What is added to activations is cut as they are, where all alike are.
-    for group in search.groups:
-        follow = [_followed(i, axes, search, flow, cut) for i in group.members]
-        if follow[0] is not None and len(set(follow)) == 1:
-            for i in group.members:
-                axes[i][follow[0]] = axis
-
-
-def _followed(i, axes, search, flow, cut):
-    """The dim of a weight that lies as the activations which it meets, None
-    if there is none."""
-    if any(axes[i]):
-        return None
-    for dim, size in enumerate(search.weights[i].shape):
-        met = flow.follows.get((i, dim), ())
-        if met and size % search.shards == 0:
-            if all(labels & cut for labels in met):
-                return dim
-    return None
-
-
-def _sentence(search, decisions, axis):
-    cut = {(g, d) for g, d in enumerate(decisions) if d is not None}
-    sent = search.sent(cut, search.events)
-    whole = sum(bytes_of(v, v.shape) for v in search.weights)
-    here = whole - sum(
-        search.groups[g].bytes * (1 - 1 / search.shards) for g, _ in cut
+def _joined(mesh, model_axes, sizes):
+    """A mesh of the same devices whose last axis joins some axes, and a line
+    that makes it."""
+    names = list(mesh.axis_names)
+    kept = [n for n in names if n not in model_axes]
+    order = [names.index(n) for n in (*kept, *model_axes)]
+    shape = [int(mesh.shape[names.index(n)]) for n in kept]
+    shape = (*shape, *sizes.values())
+    kept += sizes
+    devices = mesh.devices.transpose(order).flatten()
+    moved = "" if order == sorted(order) else f".transpose({order})"
+    quoted = ", ".join(f'"{n}"' for n in kept)
+    line = (
+        f"mesh = keras.distribution.DeviceMesh(\n    {shape}, [{quoted}], "
+        f"mesh.devices{moved}.flatten()\n)"
     )
+    return type(mesh)(shape, kept, devices), line
+
+
+def _sends(plan):
+    return " and ".join(
+        report_text.size_of(count)
+        + (f" over {axis}" if len(plan.sizes) > 1 else "")
+        for axis, count in plan.sent().items()
+    )
+
+
+def _sentence(plan):
+    whole = sum(bytes_of(v, v.shape) for v in plan.weights)
     return (
-        f"over {axis}: a process holds {report_text.size_of(here)} of "
-        f"{report_text.size_of(whole)} of weights, and sends about "
-        f"{report_text.size_of(sent)} a step"
+        f"over {' and '.join(plan.sizes)}: a process holds "
+        f"{report_text.size_of(plan.held())} of {report_text.size_of(whole)} "
+        f"of weights, and sends about {_sends(plan)} a step"
     )
 
 
-def _runner_up(search, second):
-    extra, part, dims = second
-    changed = [
-        f"{search.groups[g].key} "
-        + ("whole" if d is None else f"cut on dim {d}")
-        for g, d in zip(part, dims)
+def _other_axes(plan):
+    """What model axes would do that are joined, or that are not."""
+    how = "each by itself" if len(plan.sizes) > 1 else "as one axis"
+    return (
+        f"why not {how}: a process would hold "
+        f"{report_text.size_of(plan.held())}, and send about {_sends(plan)}"
+    )
+
+
+def _runner_up(plan, axis):
+    extra, changed = plan.second[axis]
+    words = [
+        f"{group.key} " + ("whole" if dim is None else f"cut on dim {dim}")
+        for group, dim in changed
     ]
+    if words[2:]:
+        words = [*words[:2], f"{len(words[2:])} more"]
+    over = f" over {axis}" if len(plan.sizes) > 1 else ""
+    text = f"runner-up{over}: {'; '.join(words)}: "
+    if extra < 1:
+        return text + "as good"
     return (
-        f"runner-up: {'; '.join(changed[:4])}: worse by "
-        f"{report_text.size_of(extra)} (a byte that is held counts as {WORTH} "
-        "that are sent)"
+        f"{text}worse by {report_text.size_of(extra)} (a byte that is held "
+        f"counts as {WORTH} that are sent)"
     )
+
+
+def _unused(plan, batch):
+    """Sentences about axes that cut nothing, which are warnings too."""
+    found = []
+    for axis, size in plan.sizes.items():
+        if plan.cut_by(axis):
+            continue
+        names = ", ".join(f'"{n}"' for n in (*batch, axis))
+        text = (
+            f"{axis} ({size}) cuts nothing, as it divides no dim where that "
+            "would be worth it: its processes hold and compute the same. It "
+            f"could split batches instead: batch_dim_name=({names})"
+        )
+        warnings.warn(f"LayoutMap.auto: {text}", stacklevel=4)
+        found.append(text)
+    return found
 
 
 def _factor(model, slots):

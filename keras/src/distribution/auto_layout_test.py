@@ -7,6 +7,7 @@ import pytest
 
 import keras
 from keras import layers
+from keras.src.distribution import auto_layout
 from keras.src.distribution import layout_keys
 from keras.src.distribution import layout_search
 
@@ -60,12 +61,86 @@ def test_columns_and_rows_in_turn():
     assert "runner-up:" in found.explanation
 
 
-def test_its_code_makes_it():
-    found = keras.distribution.LayoutMap.auto(mlp, mesh(), 8)
-    names = {"keras": keras, "mesh": mesh()}
+def check_code(found, mesh):
+    """Its code makes it."""
+    names = {"keras": keras, "mesh": mesh}
     assert str(found) == found.code
     exec(found.code, names)
-    assert axes(names["layout_map"]) == axes(found) != {}
+    made = names["layout_map"]
+    assert axes(made) == axes(found) != {}
+    assert (made.device_mesh.devices == found.device_mesh.devices).all()
+    assert made.device_mesh.shape == found.device_mesh.shape
+
+
+def test_its_code_makes_it():
+    check_code(keras.distribution.LayoutMap.auto(mlp, mesh(), 8), mesh())
+
+
+SEVERAL = ("batch", "model", "expert")
+
+
+def report_of(make, found):
+    """Bytes that a process sends over each axis in a step, by a dry run."""
+    keras.utils.clear_session(free_memory=False)
+    distribution = keras.distribution.ModelParallel(
+        layout_map=found, batch_dim_name="batch"
+    )
+    report = keras.distribution.report(make, 8, distribution=distribution)
+    sent = {}
+    for c in report.facts["collectives"]:
+        sent[c["axes"]] = sent.get(c["axes"], 0) + c["sent"]
+    held = sum(v["stored"] for v in report.facts["variables"])
+    return sent, held
+
+
+def test_several_model_axes_are_joined():
+    for names in (SEVERAL, ("model", "batch", "expert")):
+        of_three = mesh((2, 2, 2), names)
+        arguments = {"batch_dim_name": "batch"}
+        found = auto_layout.find(mlp, of_three, 8, **arguments)
+        assert found.mesh.axis_names == ["batch", "model_expert"]
+        assert found.mesh.shape == (2, 4)
+        sent, held = report_of(
+            mlp,
+            keras.distribution.LayoutMap.auto(mlp, of_three, 8, **arguments),
+        )
+        assert found.sent == {"model_expert": sent["model_expert"]}
+        assert f"holds {held / 1024:.1f} KiB" in found.explanation
+        assert "why not each by itself: a process would" in found.explanation
+        check_code(
+            keras.distribution.LayoutMap.auto(mlp, of_three, 8, **arguments),
+            of_three,
+        )
+    devices = found.mesh.devices[0].tolist()
+    assert devices == ["cpu:0", "cpu:1", "cpu:4", "cpu:5"]
+
+
+def test_several_model_axes_that_cut_dims_of_their_own():
+    def make():
+        return mlp((10, 6, 10, 6))
+
+    of_three = mesh((2, 2, 2), SEVERAL)
+    found = auto_layout.find(make, of_three, 8)
+    assert found.mesh is of_three
+    used = {name for cut in found.keys.values() for name in cut}
+    assert used == {"model", "expert"}
+    sent, held = report_of(
+        make, keras.distribution.LayoutMap.auto(make, of_three, 8)
+    )
+    assert found.sent == {name: sent[name] for name in SEVERAL[1:]}
+    assert f"holds {held} B" in found.explanation
+    assert "why not as one axis: a process would hold" in found.explanation
+
+
+def test_an_axis_that_cuts_nothing_is_said():
+    def make():
+        return mlp((9, 6, 9, 6))
+
+    with pytest.warns(UserWarning, match=r"expert \(2\) cuts nothing"):
+        found = keras.distribution.LayoutMap.auto(
+            make, mesh((2, 2, 2), SEVERAL), 8
+        )
+    assert 'batch_dim_name=("batch", "expert")' in found.explanation
 
 
 def test_a_model_that_is_built_stays_what_it_is():
@@ -88,7 +163,9 @@ def test_what_does_not_divide_is_whole():
             model.add(layers.Dense(n))
         return model
 
-    assert not axes(keras.distribution.LayoutMap.auto(make, mesh((1, 4)), 8))
+    with pytest.warns(UserWarning, match=r"model \(4\) cuts nothing"):
+        found = keras.distribution.LayoutMap.auto(make, mesh((1, 4)), 8)
+    assert not axes(found)
 
 
 def test_repeated_blocks_share_a_key():

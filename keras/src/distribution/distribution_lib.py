@@ -116,8 +116,10 @@ class LayoutMap(upstream.LayoutMap):
         Args:
             model: a function without arguments that makes a model; or a built
                 model.
-            mesh: `DeviceMesh`. Weights are cut over the largest axis that does
-                not split batches.
+            mesh: `DeviceMesh`. Weights are cut over all axes that do not split
+                batches. Where several of them cost less as one, the layout map
+                is of another mesh, its `device_mesh`: of the same devices, with
+                these axes joined to one.
             batch_size: int, rows of a global batch.
             budget: int, bytes that a process may hold of weights, gradients
                 and slots. While it holds more, the largest weights are cut by
@@ -130,16 +132,15 @@ class LayoutMap(upstream.LayoutMap):
             A `LayoutMap`, with two strings beside: `code` and `explanation`.
         """
         from keras.src.distribution import auto_layout
-        from keras.src.distribution import layout_keys
 
-        keys, explanation = auto_layout.find(
+        found = auto_layout.find(
             model, mesh, batch_size, budget, x, batch_dim_name
         )
-        layout_map = cls(mesh)
-        for key, axes in keys.items():
+        layout_map = cls(found.mesh)
+        for key, axes in found.keys.items():
             layout_map[key] = axes
-        layout_map.code = layout_keys.code_of(keys)
-        layout_map.explanation = explanation
+        layout_map.code = found.code
+        layout_map.explanation = found.explanation
         return layout_map
 
     def __setitem__(self, key, layout):

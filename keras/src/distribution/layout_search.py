@@ -5,7 +5,9 @@ together. Each is left whole, or cut on a dim that the model axis divides; a
 layout is judged by the bytes that a process sends in a step, on the model axis
 alone, and those that it holds. Where a block ends in a sum of branches
 activations are whole, so blocks are searched apart: all choices of one, or,
-where these are too many, choices that no change of one variable betters.
+where these are too many, choices that no change of one variable betters. Of
+several model axes each is searched for in turn, among the dims that are left;
+what others cut by then is so much smaller.
 
 As in Megatron-LM (Shoeybi et al., 2019), what comes out pairs a layer whose
 outputs are cut with one whose inputs are. Of search, sharing between repeated
@@ -26,6 +28,7 @@ WORTH = 30
 # Variables of less than this share of all bytes are whole, or follow others.
 SMALL = 0.015
 CHOICES = 4096
+NOTHING = frozenset()
 
 
 class Group:
@@ -35,7 +38,7 @@ class Group:
         members: list of indices.
         key: string, a regular expression of their paths.
         dims: the choices: dims to cut, and None.
-        bytes: int, of all of them.
+        bytes: number, of all of them, of which other axes leave so many.
     """
 
     def __init__(self, key):
@@ -48,15 +51,17 @@ class Search:
     Args:
         weights, flow: what `processes.flows().trace` gives.
         shards: int, the size of the axis.
+        others: list of what other model axes cut, pairs of a set of labels
+            (pairs of an index and a dim) and the size of the axis.
     """
 
-    def __init__(self, weights, flow, shards):
-        self.weights, self.shards = weights, shards
-        self.groups = _groups(weights, flow, shards)
+    def __init__(self, weights, flow, shards, others=()):
+        self.flow, self.shards, self.others = flow, shards, others
+        self.groups = _groups(weights, flow, shards, others)
         self.group_of = {
             i: g for g, group in enumerate(self.groups) for i in group.members
         }
-        total = sum(bytes_of(v, v.shape) for v in weights)
+        total = sum(group.bytes for group in self.groups)
         self.counts = [
             group.bytes >= SMALL * total and len(group.dims) > 1
             for group in self.groups
@@ -69,10 +74,12 @@ class Search:
         for e in events:
             labels = self._labels(e["labels"])
             others = self._labels(e["others"])
+            size = e["bytes"] / _parts(e["around"], self.others)
+            more = e["more"] / _parts(e["more_around"], self.others)
             if e["kind"] == "column":
-                columns[e["origin"]].append((labels, others, e["bytes"]))
+                columns[e["origin"]].append((labels, others, size))
             else:
-                counted[e["kind"], labels, others, e["bytes"], e["more"]] += 1
+                counted[e["kind"], labels, others, size, more] += 1
         for given in columns.values():
             counted["columns", frozenset(given), None, 0, 0] += 1
         return counted
@@ -83,20 +90,26 @@ class Search:
 
     def best(self):
         """The decisions: a list of a dim or None for each group, and what
-        comes next: a tuple of the cost that it adds, the groups and dims."""
+        comes next: the cost that it adds, and pairs of a group and a dim that
+        it has otherwise."""
         decisions = [None] * len(self.groups)
         second = None
-        for part, events in self._parts():
+        for part, events in self._apart():
             ranked = self._ranked(part, events)
             cost, chosen = ranked[0]
             for g, dim in zip(part, chosen):
                 decisions[g] = dim
             for other_cost, other in ranked[1:]:
                 if second is None or other_cost - cost < second[0]:
-                    second = other_cost - cost, part, other
+                    changed = [
+                        (self.groups[g], new)
+                        for g, old, new in zip(part, chosen, other)
+                        if old != new
+                    ]
+                    second = other_cost - cost, changed
         return decisions, second
 
-    def _parts(self):
+    def _apart(self):
         """Groups that meet in an event, and these events."""
         parent = list(range(len(self.groups)))
 
@@ -144,6 +157,10 @@ class Search:
             if self.counts[g]
         )
         return self.sent(cut, events) + WORTH * held
+
+    def sent_by(self, labels):
+        """Bytes that a process sends in a step where labels are cut."""
+        return self.sent(self._labels(labels), self.events)
 
     def sent(self, cut, events):
         return sum(
@@ -205,23 +222,29 @@ def _sent(event, cut, shards):
     return part * more * mine
 
 
-def _groups(weights, flow, shards):
+def _parts(labels, others):
+    """Into how many parts others cut what has these labels."""
+    return math.prod(shards for cut, shards in others if labels & cut)
+
+
+def _groups(weights, flow, shards, others):
     live = set()
     for event in flow.events:
         if event["kind"] != "gather":
             live |= event["labels"] | event["others"]
+    live -= flow.follows.keys()
+    live -= NOTHING.union(*(cut for cut, _ in others))
     groups = {}
     for i, v in enumerate(weights):
         shape = tuple(v.shape)
         pattern = pattern_of(v.path)
+        labels = {(i, d) for d in range(len(shape))}
         dims = [
-            d
-            for d, n in enumerate(shape)
-            if (i, d) in live and n % shards == 0 and (i, d) not in flow.follows
+            d for d, n in enumerate(shape) if (i, d) in live and not n % shards
         ]
         kind = pattern, shape, v.dtype, tuple(dims)
         group = groups.setdefault(kind, Group(pattern))
         group.members.append(i)
         group.dims = [None, *dims]
-        group.bytes += bytes_of(v, v.shape)
+        group.bytes += bytes_of(v, shape) / _parts(labels, others)
     return list(groups.values())

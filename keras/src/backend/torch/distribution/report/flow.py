@@ -68,7 +68,9 @@ class Flow(private.DispatchMode):
             `contract`, activations ("labels") and a weight ("others") on a dim
             that is summed over, with bytes of the result and of activations;
             `column`, a weight's outputs, with the bytes of what it was handed,
-            whose "origin" tells which were handed the same.
+            whose "origin" tells which were handed the same. "around" and
+            "more_around" are all labels of the tensors of "bytes" and "more":
+            where another axis cuts by one of them, there are fewer bytes.
         follows: dict from labels of weights that are added to, or multiply,
             activations, to a set of the labels that they meet.
     """
@@ -88,6 +90,9 @@ class Flow(private.DispatchMode):
     def dims(self, x):
         """The factors of each dim, None of what hangs on no weight."""
         return self._dims.get(id(x))
+
+    def _labels(self, x):
+        return _labels_of(self.dims(x) or ())
 
     def output(self, x):
         """What leaves the model is gathered."""
@@ -165,16 +170,27 @@ class Flow(private.DispatchMode):
         """What is the same tensor to whom it is handed."""
         self._put(out, dims, self._origins[id(x)], id(x) in self._weights)
 
-    def _event(self, kind, labels, size, others=NOTHING, more=0, origin=None):
+    def _event(
+        self,
+        kind,
+        labels,
+        size,
+        around,
+        others=NOTHING,
+        more=0,
+        more_around=NOTHING,
+        origin=None,
+    ):
         if labels or others:
             event = {"kind": kind, "labels": labels, "others": others}
             event |= {"bytes": size, "more": more, "origin": origin}
+            event |= {"around": around, "more_around": more_around}
             self.events.append(event)
 
     def _end(self, x, dims):
         for dim in dims:
             for _, labels in self.dims(x)[dim]:
-                self._event("gather", labels, _bytes(x))
+                self._event("gather", labels, _bytes(x), self._labels(x))
 
     def _end_all(self, known, outputs):
         for x in known:
@@ -197,7 +213,7 @@ class Flow(private.DispatchMode):
     def _pairs(self, a, b, size, like):
         """`factors.pairs`; what is lost is gathered."""
         found, lost = factors.pairs(a, b, size, self.shards)
-        self._event("gather", lost, _bytes(like))
+        self._event("gather", lost, _bytes(like), self._labels(like))
         return found
 
     # ---- rules
@@ -219,7 +235,7 @@ class Flow(private.DispatchMode):
         dims, lost = factors.regroup(
             self.dims(x), tuple(x.shape), tuple(out.shape), self.shards
         )
-        self._event("gather", lost, _bytes(x))
+        self._event("gather", lost, _bytes(x), self._labels(x))
         return dims
 
     def _elementwise(self, name, given, out):
@@ -251,15 +267,20 @@ class Flow(private.DispatchMode):
 
     def _met(self, name, a, b, size, x, out):
         """The dim of a result, of two activations that differ in it."""
-        found = self._pairs(a, b, size, out)
+        found, around = self._pairs(a, b, size, out), self._labels(x)
         for _, mine, theirs in found:
             if name in SUMS:
                 # Branches meet again: what flows on is whole.
-                self._event("gather", mine, _bytes(out))
-                self._event("gather", theirs, _bytes(out))
+                self._event("gather", mine, _bytes(out), around)
+                self._event("gather", theirs, _bytes(out), around)
             elif mine != theirs:
-                self._event("meet", mine, _bytes(out), theirs, _bytes(x))
+                sizes = _bytes(out), _bytes(x)
+                self._met_in(mine, theirs, sizes, (around, around))
         return PLAIN if name in SUMS else factors.dim_of(found)
+
+    def _met_in(self, mine, theirs, sizes, around):
+        size, more = sizes
+        self._event("meet", mine, size, around[0], theirs, more, around[1])
 
     def _aligned(self, x, out):
         first = out.ndim - x.ndim
@@ -286,14 +307,17 @@ class Flow(private.DispatchMode):
             found = self._pairs(left[d], right[d], out.shape[d], out)
             for _, mine, theirs in found:
                 if mine != theirs and self._both_known(a, b):
-                    self._event("meet", mine, _bytes(a), theirs, _bytes(b))
+                    around = self._labels(a), self._labels(b)
+                    sizes = _bytes(a), _bytes(b)
+                    self._met_in(mine, theirs, sizes, around)
             dims[d] = factors.dim_of(found)
         if id(a) in self._weights:
             a, b = b, a
             left, right = right, left
             left = [*left[:-2], left[-1], left[-2]]
             right = [*right[:-2], right[-1], right[-2]]
-        self._contracted(a, left[-1], right[-2], b.shape[-2], out)
+        around = _labels_of(dims)
+        self._contracted(a, left[-1], right[-2], b.shape[-2], out, around)
         if id(b) in self._weights:
             self._column(a, left[-1], right[-1])
         self._put(out, dims)
@@ -301,14 +325,22 @@ class Flow(private.DispatchMode):
     def _both_known(self, a, b):
         return self.dims(a) is not None and self.dims(b) is not None
 
-    def _contracted(self, x, left, right, size, out):
+    def _contracted(self, x, left, right, size, out, around):
         """A sum over a dim that activations and a weight have."""
         # What hangs on no weight has no gradient to gather.
         more = 0 if self.dims(x) is None else _bytes(x)
         sizes = [n for n, _ in left or right]
         size = size if not sizes else _product_of(sizes)
         for _, mine, theirs in self._pairs(left, right, size, out):
-            self._event("contract", mine, _bytes(out), theirs, more)
+            self._event(
+                "contract",
+                mine,
+                _bytes(out),
+                around,
+                theirs,
+                more,
+                self._labels(x),
+            )
 
     def _column(self, x, inner, dim):
         """Outputs that a weight's cut cuts: the gradient of what it was handed
@@ -318,11 +350,19 @@ class Flow(private.DispatchMode):
         inner, origin = factors.labels_of(inner), self._origins[id(x)]
         for _, labels in dim:
             if labels:
-                self._event("column", labels, _bytes(x), inner, origin=origin)
+                self._event(
+                    "column",
+                    labels,
+                    _bytes(x),
+                    self._labels(x),
+                    inner,
+                    origin=origin,
+                )
 
     def _lookup(self, table, out):
         rows, width = self.dims(table)
-        self._event("sum", factors.labels_of(rows), _bytes(out))
+        around = factors.labels_of(width)
+        self._event("sum", factors.labels_of(rows), _bytes(out), around)
         self._put(out, [PLAIN] * (out.ndim - 1) + [width])
 
     def _convolution(self, args, out):
@@ -333,7 +373,8 @@ class Flow(private.DispatchMode):
             self._end_all(known, [out])
             return
         inner = PLAIN if self.dims(x) is None else self.dims(x)[1]
-        self._contracted(x, inner, mine[1], x.shape[1], out)
+        around = factors.labels_of(mine[0])
+        self._contracted(x, inner, mine[1], x.shape[1], out, around)
         self._column(x, inner, mine[0])
         self._end(kernel, range(2, kernel.ndim))
         self._put(out, [PLAIN, mine[0], *[PLAIN] * (out.ndim - 2)])
@@ -357,13 +398,13 @@ class Flow(private.DispatchMode):
             dims = list(range(x.ndim))
         dims = [dims] if isinstance(dims, int) else dims
         dims = [d % x.ndim for d in dims]
+        held = self._without(x, dims)
         if name in ("sum", "mean"):
             for d in dims:
                 labels = factors.labels_of(self.dims(x)[d])
-                self._event("sum", labels, _bytes(out))
+                self._event("sum", labels, _bytes(out), _labels_of(held))
         else:
             self._end(x, dims)
-        held = self._without(x, dims)
         if out.ndim < x.ndim:
             held = [dim for d, dim in enumerate(held) if d not in dims]
         self._put(out, held)
@@ -414,6 +455,10 @@ def tensors_in(values):
         elif isinstance(x, (list, tuple)):
             found += tensors_in(x)
     return found
+
+
+def _labels_of(dims):
+    return NOTHING.union(*map(factors.labels_of, dims))
 
 
 def _bytes(x):

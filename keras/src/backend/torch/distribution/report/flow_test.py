@@ -85,7 +85,7 @@ def test_heads_go_through_attention():
     model = keras.Sequential([keras.Input((5, 8))])
     x = keras.Input((5, 8))
     model = keras.Model(x, layer(x, x))
-    weights, flow = tracing.trace(model, 2, 3)
+    weights, flow = model.variables, tracing.trace(model, 2, 3)
     index = {
         v.path.split("/")[-2]: i for i, v in enumerate(weights) if v.ndim > 2
     }
@@ -161,7 +161,7 @@ def test_rules_agree_with_shards():
     model = Net()
     x = np.array([[1, 2, 3, 4], [5, 6, 7, 0]])
     whole = model(x)
-    weights, flow = tracing.trace(model, 2, 2, x)
+    weights, flow = model.variables, tracing.trace(model, 2, 2, x)
     (index,) = [
         i for i, v in enumerate(weights) if v.path.endswith("v1d/kernel")
     ]

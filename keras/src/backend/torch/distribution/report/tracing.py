@@ -95,8 +95,8 @@ def trace(model, shards, rows=None, x=None):
         x: a batch, where its shape is not known from the model.
 
     Returns:
-        Tuple of the list of weights, in the order of the indices that labels
-        have, and the `Flow`.
+        The `Flow`. Labels have the indices of the model's variables, each of
+        them once.
 
     Raises:
         ValueError: if the model asks for numbers.
@@ -132,7 +132,7 @@ def trace(model, shards, rows=None, x=None):
         ) from error
     for out in tree.flatten(outputs):
         flow.output(out)
-    return weights, flow
+    return flow
 
 
 def slots_of(model):
