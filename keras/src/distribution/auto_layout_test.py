@@ -185,6 +185,21 @@ def test_repeated_blocks_share_a_key():
     }
 
 
+def test_layers_that_keras_names():
+    def make():
+        model = keras.Sequential([keras.Input((32,))])
+        for _ in range(6):
+            model.add(layers.Dense(32, "relu"))
+        return model
+
+    found = axes(keras.distribution.LayoutMap.auto(make, mesh(), 8))
+    assert found == {
+        "sequential/dense(_1|_3|_5)/kernel": ("model", None),
+        "sequential/dense(|_2|_4)/kernel": (None, "model"),
+        "sequential/dense(|_2|_4)/bias": ("model",),
+    }
+
+
 def test_a_budget():
     whole = sum(v.value.nbytes for v in mlp().trainable_variables)
 
@@ -219,8 +234,18 @@ def test_keys_that_numbers_tell_apart():
     for path, cut in zip(paths, cuts):
         matched = [key for key in keys if re.fullmatch(key, path)]
         assert [keys[key] for key in matched] == [tuple(cut)]
-    common = layout_keys.common_pattern(["a_1/x_2", "a_3/x_2"])
-    assert common == r"a_\d+/x_2"
+    for paths, common, alone in (
+        (["a_1/x_2", "a_3/x_2"], r"a_\d+/x_2", "a(_1|_3)/x_2"),
+        (["a/x", "a_3/x"], r"a(_\d+)?/x", "a(|_3)/x"),
+        (["b1/x", "b12/x"], r"b\d+/x", "b(1|12)/x"),
+        (["m_0/a/k", "m_1/a_1/k"], r"m_\d+/a(_\d+)?/k", "m_0/a/k|m_1/a_1/k"),
+        (["a-b/x"], "a-b/x", "a-b/x"),
+        (["s0_b1_2_c/k", "s1_b2_1_c/k"], r"s\d+_b\d+_\d+_c/k", None),
+        (["b1_2/x", "b_1/x"], r"b[_\d]+/x", "b(1_2|_1)/x"),
+    ):
+        assert layout_keys.common_pattern(paths) == common
+        alone = alone or "|".join(paths)
+        assert layout_keys.common_pattern(paths, any_number=False) == alone
 
 
 def test_many_choices_are_descended():

@@ -2,10 +2,18 @@
 
 import re
 
+NUMBERS = r"(?:_?\d+)+"
+
 
 def pattern_of(path):
     """A regular expression of a path, whatever numbers it has."""
     return re.sub(r"\d+", r"\\d+", re.escape(path).replace(r"\-", "-"))
+
+
+def without_numbers(path):
+    """What paths are alike by: Keras calls the first layer of a class by its
+    name alone, and numbers the others."""
+    return re.sub(NUMBERS, "", path)
 
 
 def keys_of(weights, axes):
@@ -14,7 +22,7 @@ def keys_of(weights, axes):
     alike = {}
     for path, cut in cut_of.items():
         if any(cut):
-            alike.setdefault((pattern_of(path), cut), []).append(path)
+            alike.setdefault((without_numbers(path), cut), []).append(path)
     keys = {}
     for (_, cut), paths in alike.items():
         key = common_pattern(paths)
@@ -22,21 +30,52 @@ def keys_of(weights, axes):
             re.fullmatch(key, path) and other != cut
             for path, other in cut_of.items()
         ):
-            key = "|".join(map(re.escape, paths))
+            key = common_pattern(paths, any_number=False)
         keys[key] = cut
     return _joined(keys)
 
 
-def common_pattern(paths):
-    """A regular expression of paths that differ in numbers alone."""
-    split = [re.split(r"(\d+)", path) for path in paths]
-    parts = []
-    for place, words in enumerate(zip(*split)):
-        if place % 2 and len(set(words)) > 1:
-            parts.append(r"\d+")
-        else:
-            parts.append(re.escape(words[0]).replace(r"\-", "-"))
-    return "".join(parts)
+def common_pattern(paths, any_number=True):
+    """A regular expression of paths that differ in numbers alone.
+
+    Args:
+        paths: list of strings, equal `without_numbers`.
+        any_number: bool, whether it may match other numbers than theirs.
+    """
+    # Where numbers stand in what is left without them.
+    numbers = []
+    for path in paths:
+        found, taken = {}, 0
+        for match in re.finditer(NUMBERS, path):
+            found[match.start() - taken] = match.group()
+            taken += len(match.group())
+        numbers.append(found)
+    places = sorted(set().union(*numbers))
+    words = [[found.get(place, "") for found in numbers] for place in places]
+    several = sum(len(set(tokens)) > 1 for tokens in words)
+    if not any_number and several > 1:
+        return "|".join(map(_escaped, paths))
+    rest, parts, end = without_numbers(paths[0]), [], 0
+    for place, tokens in zip(places, words):
+        parts += [_escaped(rest[end:place]), _number(tokens, any_number)]
+        end = place
+    return "".join([*parts, _escaped(rest[end:])])
+
+
+def _number(tokens, any_number):
+    """A regular expression of what stands in one place: `"_3"`, `"3"`, `""`."""
+    tokens = list(dict.fromkeys(tokens))
+    if len(tokens) == 1:
+        return tokens[0]
+    if not any_number:
+        return f"({'|'.join(tokens)})"
+    kinds = {re.sub(r"\d+", r"\\d+", token) for token in tokens if token}
+    number = kinds.pop() if len(kinds) == 1 else r"[_\d]+"
+    return f"({number})?" if "" in tokens else number
+
+
+def _escaped(text):
+    return re.escape(text).replace(r"\-", "-")
 
 
 def _joined(keys):

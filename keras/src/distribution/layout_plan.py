@@ -74,13 +74,12 @@ class Plan:
             if dim is not None:
                 for i in group.members:
                     self.axes[i][dim] = axis
-        # What is added to activations is cut as they are, where all alike are.
+        # What is added to activations is cut as they are.
         cut = self.cut_by(axis)
-        for group in search.groups:
-            follow = [self._followed(i, search, cut) for i in group.members]
-            if follow[0] is not None and len(set(follow)) == 1:
-                for i in group.members:
-                    self.axes[i][follow[0]] = axis
+        for i in range(len(self.weights)):
+            dim = self._followed(i, search, cut)
+            if dim is not None:
+                self.axes[i][dim] = axis
 
     def _followed(self, i, search, cut):
         """The dim of a weight that lies as the activations which it meets,

@@ -20,6 +20,7 @@ import math
 
 from keras.src.distribution.layout_facts import bytes_of
 from keras.src.distribution.layout_keys import pattern_of
+from keras.src.distribution.layout_keys import without_numbers
 
 # A byte that a process holds may cost so many that it sends in a step. Held
 # bytes are computed with, reduced over data shards and updated by an optimizer,
@@ -234,17 +235,33 @@ def _groups(weights, flow, shards, others):
             live |= event["labels"] | event["others"]
     live -= flow.follows.keys()
     live -= NOTHING.union(*(cut for cut, _ in others))
+    alike = [
+        (without_numbers(v.path), tuple(v.shape), v.dtype) for v in weights
+    ]
+    turns = _turns(alike, flow.events)
     groups = {}
     for i, v in enumerate(weights):
         shape = tuple(v.shape)
-        pattern = pattern_of(v.path)
         labels = {(i, d) for d in range(len(shape))}
         dims = [
             d for d, n in enumerate(shape) if (i, d) in live and not n % shards
         ]
-        kind = pattern, shape, v.dtype, tuple(dims)
-        group = groups.setdefault(kind, Group(pattern))
+        kind = *alike[i], tuple(dims), turns[i]
+        group = groups.setdefault(kind, Group(pattern_of(v.path)))
         group.members.append(i)
         group.dims = [None, *dims]
         group.bytes += bytes_of(v, shape) / _parts(labels, others)
     return list(groups.values())
+
+
+def _turns(alike, events):
+    """0 or 1 for each weight: of those that are alike and follow upon each
+    other, every other one has 1, as what one hands on cut the next may sum."""
+    turns = collections.Counter()
+    for e in events:
+        if e["kind"] == "contract":
+            for i, _ in e["labels"]:
+                for j, _ in e["others"]:
+                    if i != j and alike[i] == alike[j]:
+                        turns[j] = 1 - turns[i]
+    return turns
