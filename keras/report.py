@@ -2,22 +2,46 @@
 
 `python -m keras_torch_distribution report train.py --processes 8` runs it, on
 the host and in this process alone, which plays the first of eight, until two
-of its steps are alike, and prints the report of its layout.
+of its steps are alike, and prints the report of its layout. With `--auto` it
+is the layout that is found for it (`report_auto`).
 """
 
+import argparse
 import contextlib
 import io
+import math
 import os
 import pathlib
 import runpy
 import sys
 import traceback
+import typing
 
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class Enough(BaseException):
     """Ends the program: it has made as many steps as were asked for."""
+
+
+class Nothing(RuntimeError):
+    """There is nothing to report, and its text says why."""
+
+
+class Seen(typing.NamedTuple):
+    """What was seen of a program.
+
+    Attributes:
+        report: `Report`.
+        model: that it trains.
+        inputs: what the model is called with, tensors without memory.
+        distribution: that it trains under.
+    """
+
+    report: typing.Any
+    model: typing.Any
+    inputs: typing.Any
+    distribution: typing.Any
 
 
 def add_arguments(parser):
@@ -29,8 +53,20 @@ def add_arguments(parser):
     parser.add_argument("--processes", type=int, help="that it would run on")
     parser.add_argument(
         "--mesh",
-        type=lambda text: tuple(int(n) for n in text.split(",")),
+        type=_sizes,
         help="sizes of the mesh's axes, in place of its own: 2,4",
+    )
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="of the layout map that is found (LayoutMap.auto), and its code",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="GIB",
+        help="with --auto: what a process may hold of weights, gradients and "
+        "slots",
     )
     parser.add_argument(
         "--all", action="store_true", help="all variables and collectives"
@@ -42,6 +78,40 @@ def add_arguments(parser):
     parser.add_argument("--svg", metavar="FILE", help="an image")
 
 
+def _sizes(text):
+    try:
+        sizes = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(
+            f"sizes of axes, such as 2,4, are expected. Received: {text}"
+        )
+    return sizes
+
+
+def _number_of_processes(options):
+    if not pathlib.Path(options.script).exists():
+        raise Nothing(f"There is no file {options.script}.")
+    if options.budget is not None and not options.auto:
+        raise Nothing("--budget is for a layout that is found: pass --auto.")
+    processes, sizes = options.processes, options.mesh
+    if processes is None and sizes is None:
+        raise Nothing("Pass --processes 8, or --mesh 2,4.")
+    if sizes is not None and processes not in (None, math.prod(sizes)):
+        raise Nothing(
+            f"A mesh of {sizes} has {math.prod(sizes)} processes. Received: "
+            f"--processes {processes}"
+        )
+    processes = math.prod(sizes) if sizes else processes
+    if processes < 2:
+        raise Nothing(
+            "One process alone communicates nothing, and stores all. "
+            f"Received: --processes {processes}"
+        )
+    return processes
+
+
 def main(options):
     """Runs the program and prints its report.
 
@@ -51,30 +121,28 @@ def main(options):
     Returns:
         The exit status: 0, or 2 if there is nothing to report.
     """
-    processes = options.processes
-    if options.mesh:
-        product = 1
-        for size in options.mesh:
-            product *= size
-        if processes not in (None, product):
-            print(
-                f"A mesh of {options.mesh} has {product} processes. Received: "
-                f"--processes {processes}"
-            )
-            return 2
-        processes = product
-    if processes is None:
-        print("Pass --processes 8, or --mesh 2,4.")
-        return 2
-    for name in LAUNCH:
-        os.environ.pop(name, None)
-    os.environ["KERAS_BACKEND"] = "torch"
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    report, said = _run(options, processes)
-    if report is None:
-        print(said)
+    try:
+        processes = _number_of_processes(options)
+        for name in LAUNCH:
+            os.environ.pop(name, None)
+        os.environ["KERAS_BACKEND"] = "torch"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if options.auto:
+            report, text = _auto(options, processes)
+        else:
+            report, text = run(options, processes).report, None
+    except Nothing as error:
+        print(error)
         return 2
     print(report)
+    shape = tuple(report.facts["mesh"]["shape"])
+    if options.mesh not in (None, shape) and not options.auto:
+        print(
+            f"note: the program's mesh has {len(shape)} axes, and keeps the "
+            f"sizes that it gives them: --mesh names {len(options.mesh)}"
+        )
+    if text:
+        print(f"\n{text}")
     if options.all:
         print(f"\n{report.variables()}\n\n{report.collectives()}")
     if options.picture is not None:
@@ -86,15 +154,33 @@ def main(options):
     return 0
 
 
-def _run(options, processes):
-    """The `Report`, or None, and why there is none."""
+def _auto(options, processes):
+    from keras_torch_distribution import report_auto
+
+    return report_auto.run(options, processes)
+
+
+def run(options, processes, within=contextlib.nullcontext):
+    """Runs the program until two of its steps are alike.
+
+    Args:
+        options: what `add_arguments` describes.
+        processes: int, of which this one plays the first.
+        within: function that gives a context manager, to run it in.
+
+    Returns:
+        What is `Seen`.
+
+    Raises:
+        Nothing: if it fails, or trains nothing, or on one process alone.
+    """
     from keras.src.backend.torch.distribution.mesh import context
     from keras.src.backend.torch.distribution.report import dry_run
     from keras.src.backend.torch.distribution.report import fake_world
     from keras.src.backend.torch.distribution.report.recorder import Recorder
     from keras.src.distribution import report as report_lib
 
-    found, count = [None], [0]
+    found, count = [], [0]
 
     def updated(optimizer):
         count[0] += 1
@@ -105,11 +191,13 @@ def _run(options, processes):
         if current is None or recorder.model is None:
             raise Enough
         if recorder.is_steady() or len(recorder.steps) > dry_run.STEPS:
-            found[0] = report_lib.of_recorded(
-                recorder.model,
-                current.distribution,
-                dry_run.facts_of(recorder),
-                optimizer,
+            seen = dry_run.facts_of(recorder)
+            distribution = current.distribution
+            report = report_lib.of_recorded(
+                recorder.model, distribution, seen, optimizer
+            )
+            found.append(
+                Seen(report, recorder.model, recorder.inputs, distribution)
             )
             raise Enough
 
@@ -125,28 +213,45 @@ def _run(options, processes):
             recorder,
             _mesh(options.mesh, processes),
             contextlib.redirect_stdout(printed),
+            within(),
         ):
             runpy.run_path(options.script, run_name="__main__")
     except Enough:
         pass  # What was asked for has been found, or that there is none.
-    except (Exception, SystemExit):
-        error = traceback.format_exc()
+    except SystemExit as ended:
+        error = _of_program(ended) if ended.code else None
+    except Exception as failed:
+        error = _of_program(failed)
     finally:
         sys.argv, sys.path[:] = arguments, path
-    if found[0] is not None:
-        return found[0], None
+    if found:
+        return found[0]
     end = "\n".join(printed.getvalue().splitlines()[-20:])
     if error is not None:
-        return None, f"{end}\n{error}\n{options.script} failed: see above."
+        raise Nothing(f"{end}\n{error}\n{options.script} failed: see above.")
     if count[0]:
-        return None, (
+        raise Nothing(
             f"{options.script} trains without a distribution of several "
-            "processes. Set one before the model is built."
+            "processes. Set one before the model is built, or pass --auto, "
+            "which finds a layout for it."
         )
-    return (
-        None,
-        f"{end}\n{options.script} made no update by Keras's optimizers.",
+    raise Nothing(
+        f"{end}\n{options.script} made no update by Keras's optimizers, so "
+        "there is no step to report: it has to call `fit`, `train_on_batch` "
+        "or an optimizer's `apply`."
     )
+
+
+def _of_program(error):
+    """The traceback of an error, without those who run the program."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename in (
+        __file__,
+        runpy.__file__,
+        "<frozen runpy>",
+    ):
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames))
 
 
 def _mesh(sizes, processes):

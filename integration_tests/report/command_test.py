@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import keras
 from keras_torch_distribution import __main__ as command
 from keras_torch_distribution import report
 
@@ -33,6 +34,8 @@ x = np.zeros((8, 16), "float32")
 y = np.zeros((8, 8), "float32")
 if "fails" in sys.argv:
     raise ValueError("no data")
+if "predicts" in sys.argv:
+    sys.exit(model.predict(x, verbose=0) is None)
 if "loop" in sys.argv:
     optimizer = keras.optimizers.SGD(0.1)
     for _ in range(9):
@@ -91,20 +94,78 @@ def test_a_program(run, tmp_path, way):
     )
 
 
+def code_in(said):
+    """The layout map of the program that is printed: a dict of axes."""
+    program = said[
+        said.index("mesh = keras") : said.index("keras.distribution.set")
+    ]
+    devices = [f"cpu:{i}" for i in range(8)]
+    program = program.replace("])", "], devices)", 1)
+    names = {"keras": keras, "devices": devices}
+    exec(program, names)
+    found = names["layout_map"]
+    return {key: found[key].axes for key in found}
+
+
+@pytest.mark.parametrize("way", ["fit", "loop", "alone"])
+def test_a_layout_that_is_found(run, tmp_path, way):
+    facts = tmp_path / "facts.json"
+    options = ["--auto", "--mesh", "2,4", "--json", str(facts)]
+    status, said = run(way, *options)
+    assert status == 0, said
+    variables = json.loads(facts.read_text())["variables"]
+    cut = {v["path"].partition("/")[2]: v["axes"] for v in variables}
+    assert cut["up/kernel"] == [None, ["model"]]
+    assert cut["dense/kernel"] == [["model"], None]
+    assert set(code_in(said).values()) == {
+        (None, "model"),
+        ("model", None),
+        ("model",),
+    }
+    assert "runner-up:" in said
+    # What it has itself is set aside, and told.
+    words = "by the layout map of " in said
+    assert words == (way != "alone")
+
+
+def test_a_budget_and_a_joined_mesh(run):
+    options = ["--auto", "--mesh", "2,2,2", "--budget", "1e-7"]
+    status, said = run("alone", *options)
+    assert status == 0 and '["batch", "model_model_2"]' in said, said
+    assert "(FSDP). It does not fit" in said
+
+
 def test_nothing_to_report(run):
     status, said = run("fails", "--processes", "2")
     assert status == 2 and "ValueError: no data" in said
     status, said = run("alone", "--processes", "2")
-    assert status == 2 and "without a distribution" in said
+    assert status == 2 and "or pass --auto" in said
+    status, said = run("fails", "--processes", "2", "--auto")
+    assert status == 2 and "ValueError: no data" in said
+    assert "runpy" not in said
+    status, said = run("predicts", "--processes", "2", "--auto")
+    assert status == 2 and "made no update by Keras's optimizers" in said
+    status, said = run("fit", "--mesh", "2,2,2")
+    assert status == 0 and "note: the program's mesh has 2 axes" in said
 
 
-def test_arguments(capsys):
+def test_arguments(capsys, tmp_path):
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
-    assert report.main(parser.parse_args(["train.py"])) == 2
-    options = parser.parse_args(["t.py", "--mesh", "2,4", "--processes", "6"])
-    assert report.main(options) == 2
-    said = capsys.readouterr().out
-    assert "Pass --processes" in said and "has 8 processes" in said
+    script = tmp_path / "t.py"
+    script.touch()
+    for options, words in (
+        ([], "Pass --processes"),
+        (["--mesh", "2,4", "--processes", "6"], "has 8 processes"),
+        (["--processes", "1"], "One process alone"),
+        (["--processes", "2", "--budget", "1"], "pass --auto"),
+    ):
+        assert report.main(parser.parse_args([str(script), *options])) == 2
+        assert words in capsys.readouterr().out
+    assert report.main(parser.parse_args(["no.py", "--processes", "2"])) == 2
+    assert "There is no file no.py" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parser.parse_args(["t.py", "--mesh", "2x4"])
+    assert "such as 2,4, are expected" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.main(["report", "--", "train.py"])

@@ -13,6 +13,7 @@ import weakref
 import torch
 from torch.distributed.tensor import DTensor
 
+from keras.src import tree
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
@@ -64,11 +65,13 @@ class Recorder:
         model: of the outermost layers that were called, the one with most
             variables, or None.
         rows: int, of the global batch that it was called with, or None.
+        inputs: what it was called with first, as tensors without memory that
+            have all rows; None if it was called with no tensor.
     """
 
     def __init__(self, updated=None):
         self.steps = [[]]
-        self.memory = self.peak = self.model = self.rows = None
+        self.memory = self.peak = self.model = self.rows = self.inputs = None
         self._updated, self._phase = updated, None
         self._paths = {}
         self._stack = contextlib.ExitStack()
@@ -133,14 +136,21 @@ class Recorder:
         if self.model is not None:
             if len(layer.variables) < len(self.model.variables):
                 return
-        self.model, self.rows = layer, None
+        self.model, self.rows, self.inputs = layer, None, None
         current = rows.get_current_rows()
+        inputs = [x for x in _tensors((args, kwargs)) if x.ndim]
         if current is not None:
             self.rows = sum(current.counts)
-            return
-        inputs = [x for x in _tensors((args, kwargs)) if x.ndim]
-        if inputs and (context.data_size == 1 or _is_global(inputs[0])):
+        elif inputs and (context.data_size == 1 or _is_global(inputs[0])):
             self.rows = int(inputs[0].shape[0])
+        if args and inputs and self.rows is not None:
+            self.inputs = tree.map_structure(self._without_memory, args[0])
+
+    def _without_memory(self, x):
+        if not isinstance(x, (torch.Tensor, GlobalTensor)):
+            return x
+        shape = (self.rows, *x.shape[1:])
+        return torch.empty(shape, dtype=x.dtype, device="meta")
 
     def record(self, call):
         kind, part = _reason()
