@@ -32,6 +32,10 @@ model = keras.Sequential(
 )
 x = np.zeros((8, 16), "float32")
 y = np.zeros((8, 8), "float32")
+if "reports" in sys.argv:
+    twin = keras.Sequential([keras.Input((16,)), keras.layers.Dense(12)])
+    twin.compile("sgd", "mse")
+    print(keras.distribution.report(twin, 4))
 if "fails" in sys.argv:
     raise ValueError("no data")
 if "predicts" in sys.argv:
@@ -70,16 +74,16 @@ def run(no_world, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("way", ["fit", "loop"])
+@pytest.mark.parametrize("way", ["fit", "loop", "reports"])
 def test_a_program(run, tmp_path, way):
     facts = tmp_path / "facts.json"
-    mesh = ["--mesh", "2,4"] if way == "fit" else ["--processes", "4"]
+    mesh = ["--processes", "4"] if way == "loop" else ["--mesh", "2,4"]
     options = [*mesh, "--json", str(facts), "--picture", "up/kernel", "--all"]
     status, said = run(way, *options)
     assert status == 0, said
-    shape = "2 x model 4 = 8" if way == "fit" else "1 x model 4 = 4"
+    shape = "1 x model 4 = 4" if way == "loop" else "2 x model 4 = 8"
     for words in (
-        f"mesh batch {shape} processes; a batch of {4 if way == 'fit' else 8}",
+        f"mesh batch {shape} processes; a batch of {8 if way == 'loop' else 4}",
         ".*dwn/kernel  matches nothing",
         "up/kernel (16, 64): column over model",
     ):

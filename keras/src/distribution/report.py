@@ -32,8 +32,9 @@ def report(model, batch_size=None, x=None, y=None, distribution=None):
     print(keras.distribution.report(make_model, 64, distribution=distribution))
     ```
 
-    Collective in a job of several processes, where it takes the memory of
-    another such model: every process calls it.
+    In a job of several processes it is an error, on whichever process calls
+    it, at once and before anything is done: the command `python -m
+    keras_torch_distribution report` takes a program as it is.
 
     Args:
         model: a function without arguments that makes a model, compiled as it
@@ -47,6 +48,9 @@ def report(model, batch_size=None, x=None, y=None, distribution=None):
 
     Returns:
         A `Report`. To print it gives at most 25 lines.
+
+    Raises:
+        RuntimeError: in a job of several processes.
     """
     if distribution is None:
         distribution = distribution_lib.distribution()

@@ -36,7 +36,7 @@ STEPS = 8
 def of(model, distribution, batch_size=None, x=None, y=None):
     """Trains a model like this one for a few steps.
 
-    Collective in a job of several processes: every process calls it.
+    Nothing is communicated, and nothing that was there changes.
 
     Args:
         model: a model, or a function without arguments that makes one. It is
@@ -47,11 +47,18 @@ def of(model, distribution, batch_size=None, x=None, y=None):
 
     Returns:
         Tuple of the model that was made and what `facts_of` says.
+
+    Raises:
+        RuntimeError: in a process of several.
     """
+    is_inside = fake_world.is_inside()
+    if not is_inside:
+        _check_alone()
     size = math.prod(int(n) for n in distribution.device_mesh.shape)
     with contextlib.ExitStack() as stack:
         stack.enter_context(own_session())
-        if not process_group.is_running() or dist.get_world_size() == 1:
+        if not is_inside:
+            # A program that is reported may report by itself: it is in one.
             stack.enter_context(fake_world.of(size))
             distribution = _anew(distribution, size)
         stack.enter_context(distribution.scope())
@@ -74,6 +81,20 @@ def of(model, distribution, batch_size=None, x=None, y=None):
             if recorder.is_steady():
                 break
         return made, {**facts_of(recorder), "compiled": is_compiled}
+
+
+def _check_alone():
+    """Raises: RuntimeError: in a job of several processes."""
+    if process_group.is_running() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            "`keras.distribution.report` is a dry run of one process, which "
+            "plays one of a job: in a real job it would make another model "
+            "beside yours, and the others would wait for it. Run `python -m "
+            "keras_torch_distribution report train.py --processes "
+            f"{dist.get_world_size()}`, which takes the program as it is; or "
+            "call it in a program of its own, without a launcher. Received: a "
+            f"call on process {dist.get_rank()} of {dist.get_world_size()}."
+        )
 
 
 def steps_of(optimizer):

@@ -48,6 +48,9 @@ FILES = {
 }
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
+# The recorder that writes down, of those that are open: the innermost.
+_recording = [None]
+
 
 class Recorder:
     """Within it, what this process communicates is written down.
@@ -77,6 +80,8 @@ class Recorder:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self):
+        self._stack.callback(_recording.__setitem__, 0, _recording[0])
+        _recording[0] = self
         self._stack.enter_context(_Mode(self))
         self._stack.enter_context(self._layers())
         self._stack.enter_context(self._updates())
@@ -109,6 +114,8 @@ class Recorder:
         def call(layer, context, args, kwargs):
             is_outermost = not modes.calls
             outputs = released(layer, context, args, kwargs)
+            if _recording[0] is not self:
+                return outputs
             _mark(outputs, layer.path)
             if is_outermost:
                 self._called(layer, context, args, kwargs)
@@ -120,6 +127,8 @@ class Recorder:
         released = BaseOptimizer.apply
 
         def apply(optimizer, grads, trainable_variables=None):
+            if _recording[0] is not self:
+                return released(optimizer, grads, trainable_variables)
             if trainable_variables is not None:
                 trainable_variables = list(trainable_variables)
             self._phase = UPDATE
@@ -254,6 +263,8 @@ class _Mode(private.DispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
+        if _recording[0] is not self.recorder:
+            return func(*args, **(kwargs or {}))
         call = collectives.call_of(func, args, kwargs)
         if call is not None:
             self.recorder.record(call)
