@@ -122,15 +122,14 @@ def _code(mesh, found, batch):
 
 
 def _beside_its_own(options, own, found):
-    from keras.src.distribution import report_text
+    from keras.src.distribution.report_tables import size_of
 
     def costs(report):
         facts = report.facts
         held = sum(v["stored"] for v in facts["variables"])
         sent = sum(c["sent"] for c in facts["collectives"])
         return (
-            f"holds {report_text.size_of(held)} of weights and sends "
-            f"{report_text.size_of(sent)} a step"
+            f"holds {size_of(held)} of weights and sends {size_of(sent)} a step"
         )
 
     text = (

@@ -13,10 +13,10 @@ import warnings
 
 from keras.src.distribution import layout_keys
 from keras.src.distribution import processes
-from keras.src.distribution import report_text
 from keras.src.distribution.layout_facts import bytes_of
 from keras.src.distribution.layout_plan import Plan
 from keras.src.distribution.layout_search import WORTH
+from keras.src.distribution.report_tables import size_of
 
 
 class Found(typing.NamedTuple):
@@ -106,8 +106,7 @@ def _joined(mesh, model_axes, sizes):
 
 def _sends(plan):
     return " and ".join(
-        report_text.size_of(count)
-        + (f" over {axis}" if len(plan.sizes) > 1 else "")
+        size_of(count) + (f" over {axis}" if len(plan.sizes) > 1 else "")
         for axis, count in plan.sent().items()
     )
 
@@ -116,7 +115,7 @@ def _sentence(plan):
     whole = sum(bytes_of(v, v.shape) for v in plan.weights)
     return (
         f"over {' and '.join(plan.sizes)}: a process holds "
-        f"{report_text.size_of(plan.held())} of {report_text.size_of(whole)} "
+        f"{size_of(plan.held())} of {size_of(whole)} "
         f"of weights, and sends about {_sends(plan)} a step"
     )
 
@@ -126,7 +125,7 @@ def _other_axes(plan):
     how = "each by itself" if len(plan.sizes) > 1 else "as one axis"
     return (
         f"why not {how}: a process would hold "
-        f"{report_text.size_of(plan.held())}, and send about {_sends(plan)}"
+        f"{size_of(plan.held())}, and send about {_sends(plan)}"
     )
 
 
@@ -143,7 +142,7 @@ def _runner_up(plan, axis):
     if extra < 1:
         return text + "as good"
     return (
-        f"{text}worse by {report_text.size_of(extra)} (a byte that is held "
+        f"{text}worse by {size_of(extra)} (a byte that is held "
         f"counts as {WORTH} that are sent)"
     )
 
@@ -206,14 +205,14 @@ def _fit(weights, axes, sizes, data_axis, budget, factor):
         total += held(i)
         count += 1
     text = (
-        f"weights, gradients and slots take {report_text.size_of(total)} a "
-        f"process, of a budget of {report_text.size_of(budget)}"
+        f"weights, gradients and slots take {size_of(total)} a "
+        f"process, of a budget of {size_of(budget)}"
     )
     if count:
         text += f", with {count} weights cut over {data_axis} (FSDP)"
     if total > budget:
         text += (
-            f". It does not fit, by {report_text.size_of(total - budget)}: "
+            f". It does not fit, by {size_of(total - budget)}: "
             "take a mesh of more processes"
         )
     return text

@@ -7,6 +7,7 @@ from keras.src.distribution import distribution_lib
 from keras.src.distribution import layout_facts
 from keras.src.distribution import processes
 from keras.src.distribution import report_pictures
+from keras.src.distribution import report_tables
 from keras.src.distribution import report_text
 
 
@@ -82,15 +83,15 @@ class Report:
     @property
     def totals(self):
         """Dict from collectives to their number and bytes in a step."""
-        return report_text.totals(self.facts["collectives"])
+        return report_tables.totals(self.facts["collectives"])
 
     def variables(self):
         """A table of all variables: a string."""
-        return report_text.variables(self.facts)
+        return report_tables.variables(self.facts)
 
     def collectives(self):
         """A table of all collectives of a step, in their order: a string."""
-        return report_text.collectives(self.facts)
+        return report_tables.collectives(self.facts)
 
     def picture(self, path=None, dims=None):
         """Which process stores what, in boxes of text.
@@ -113,7 +114,7 @@ class Report:
         Args:
             other: a `Report` of the same model.
         """
-        return report_text.difference(self.facts, other.facts)
+        return report_tables.difference(self.facts, other.facts)
 
     def to_json(self):
         """All facts: a string. `Report.from_json` takes it."""
