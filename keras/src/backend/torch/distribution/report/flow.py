@@ -12,92 +12,25 @@ An operator without a rule ends all labels. That may cost a better layout, and
 never a number.
 """
 
-import torch
+import math
 
 from keras.src.backend.torch.distribution import private
 from keras.src.backend.torch.distribution.report import factors
-from keras.src.backend.torch.distribution.report.factors import NOTHING
+from keras.src.backend.torch.distribution.report import kinds
 from keras.src.backend.torch.distribution.report.factors import PLAIN
-
-COPIES = frozenset(
-    "alias clone contiguous copy detach empty_like lift_fresh to_copy".split()
-)
-ELEMENTWISE = COPIES | frozenset(
-    """
-    abs add addcmul atan bernoulli bitwise_and bitwise_not clamp cos div elu eq
-    erf exp fill ge gelu gt hardsigmoid hardswish hardtanh le leaky_relu log
-    log1p logical_and logical_not logical_or lt masked_fill maximum minimum mish
-    mul ne neg ones_like pow reciprocal relu rsqrt rsub sigmoid sign silu sin
-    softplus sqrt square sub tanh where zeros_like
-    """.split()
-)
-SUMS = frozenset(["add", "sub", "rsub"])
-# They mix, or take apart, a dim: the index of the argument that names it.
-ALONG = {
-    "softmax": 1,
-    "safe_softmax": 1,
-    "log_softmax": 1,
-    "cumsum": 1,
-    "topk": 2,
-    "sort": 1,
-    "slice": 1,
-    "split": 2,
-    "split_with_sizes": 2,
-    "index_select": 1,
-    "gather": 1,
-    "select": 1,
-    "unbind": 1,
-    "flip": 1,
-    "roll": 2,
-}
-REMOVE = ("select", "unbind")
-REDUCE = ("sum", "mean", "amax", "amin", "prod", "var", "all", "any")
+from keras.src.backend.torch.distribution.report.labels import Labels
+from keras.src.backend.torch.distribution.report.labels import bytes_of
+from keras.src.backend.torch.distribution.report.labels import labels_of_dims
+from keras.src.backend.torch.distribution.report.labels import size_in
+from keras.src.backend.torch.distribution.report.labels import tensors_in
 
 
-class Flow(private.DispatchMode):
-    """Within it, operators hand on the labels of weights.
-
-    Args:
-        shards: int, into how many parts weights would be cut.
-
-    Attributes:
-        events: list of dicts. "kind" says what happens, "labels" and "others"
-            by which cuts, "bytes" and "more" how large the tensors are:
-            `gather`, what is cut is made whole; `sum`, what is partial is
-            added up; `meet`, two tensors, of which one may be whole;
-            `contract`, activations ("labels") and a weight ("others") on a dim
-            that is summed over, with bytes of the result and of activations;
-            `column`, a weight's outputs, with the bytes of what it was handed,
-            whose "origin" tells which were handed the same. "around" and
-            "more_around" are all labels of the tensors of "bytes" and "more":
-            where another axis cuts by one of them, there are fewer bytes.
-        follows: dict from labels of weights that are added to, or multiply,
-            activations, to a set of the labels that they meet.
-    """
+class Flow(Labels, private.DispatchMode):
+    """Within it, operators hand on the labels of weights: see `Labels`."""
 
     def __init__(self, shards):
-        super().__init__()
-        self.shards = shards
-        self.events, self.follows = [], {}
-        self._dims, self._origins, self._weights = {}, {}, set()
-        self._kept = []  # No other tensor gets the id of one of these.
-
-    def add_weight(self, index, x):
-        """Makes the dims of a weight labels, pairs of its index and a dim."""
-        dims = [((n, frozenset([(index, d)])),) for d, n in enumerate(x.shape)]
-        self._put(x, dims, is_weight=True)
-
-    def dims(self, x):
-        """The factors of each dim, None of what hangs on no weight."""
-        return self._dims.get(id(x))
-
-    def _labels(self, x):
-        return _labels_of(self.dims(x) or ())
-
-    def output(self, x):
-        """What leaves the model is gathered."""
-        if self.dims(x) is not None:
-            self._end(x, range(x.ndim))
+        private.DispatchMode.__init__(self)
+        Labels.__init__(self, shards)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -124,7 +57,7 @@ class Flow(private.DispatchMode):
         elif name == "expand":
             dims = [PLAIN] * (out.ndim - x.ndim) + self.dims(x)
             self._view(x, out, dims)
-        elif name in ELEMENTWISE:
+        elif name in kinds.ELEMENTWISE:
             self._elementwise(name, tensors_in(args), out)
         elif name in ("mm", "bmm"):
             self._product(args[0], args[1], out)
@@ -144,79 +77,17 @@ class Flow(private.DispatchMode):
             self._mixed(x, [out], [0, *range(2, x.ndim)])
         elif "scaled_dot_product" in name:
             self._attention(args, out)
-        elif name in REDUCE:
+        elif name in kinds.REDUCE:
             self._reduced(name, x, args, kwargs, out)
         elif name in ("cat", "stack"):
             self._joined(name, args, kwargs, out)
         elif name in ("constant_pad_nd", "repeat"):
             unlike = [d for d in range(x.ndim) if x.shape[d] != out.shape[d]]
             self._mixed(x, [out], unlike)
-        elif name in ALONG:
+        elif name in kinds.ALONG:
             self._along(name, x, args, kwargs, outputs)
         else:
             self._end_all(known, outputs)
-
-    # ---- what rules stand on
-
-    def _put(self, x, dims, origin=None, is_weight=False):
-        if x.is_floating_point() or x.is_complex():
-            self._dims[id(x)] = list(dims)
-            self._origins[id(x)] = id(x) if origin is None else origin
-            if is_weight:
-                self._weights.add(id(x))
-            self._kept.append(x)
-
-    def _view(self, x, out, dims):
-        """What is the same tensor to whom it is handed."""
-        self._put(out, dims, self._origins[id(x)], id(x) in self._weights)
-
-    def _event(
-        self,
-        kind,
-        labels,
-        size,
-        around,
-        others=NOTHING,
-        more=0,
-        more_around=NOTHING,
-        origin=None,
-    ):
-        if labels or others:
-            event = {"kind": kind, "labels": labels, "others": others}
-            event |= {"bytes": size, "more": more, "origin": origin}
-            event |= {"around": around, "more_around": more_around}
-            self.events.append(event)
-
-    def _end(self, x, dims):
-        for dim in dims:
-            for _, labels in self.dims(x)[dim]:
-                self._event("gather", labels, _bytes(x), self._labels(x))
-
-    def _end_all(self, known, outputs):
-        for x in known:
-            self._end(x, range(x.ndim))
-        for out in outputs:
-            self._put(out, [PLAIN] * out.ndim)
-
-    def _mixed(self, x, outputs, dims):
-        """All but some dims are handed on."""
-        dims = [d % x.ndim for d in dims]
-        self._end(x, dims)
-        for out in outputs:
-            self._put(out, self._without(x, dims))
-
-    def _without(self, x, dims):
-        return [
-            PLAIN if d in dims else dim for d, dim in enumerate(self.dims(x))
-        ]
-
-    def _pairs(self, a, b, size, like):
-        """`factors.pairs`; what is lost is gathered."""
-        found, lost = factors.pairs(a, b, size, self.shards)
-        self._event("gather", lost, _bytes(like), self._labels(like))
-        return found
-
-    # ---- rules
 
     def _moved(self, name, x, args, out):
         dims = list(self.dims(x))
@@ -235,7 +106,7 @@ class Flow(private.DispatchMode):
         dims, lost = factors.regroup(
             self.dims(x), tuple(x.shape), tuple(out.shape), self.shards
         )
-        self._event("gather", lost, _bytes(x), self._labels(x))
+        self._event("gather", lost, bytes_of(x), self._labels(x))
         return dims
 
     def _elementwise(self, name, given, out):
@@ -256,11 +127,11 @@ class Flow(private.DispatchMode):
         for x in others[1:]:
             theirs = self._aligned(x, out)
             for d, n in enumerate(out.shape):
-                if n > 1 and _size(x, out, d) == n and dims[d] != theirs[d]:
+                if n > 1 and size_in(x, out, d) == n and dims[d] != theirs[d]:
                     dims[d] = self._met(name, dims[d], theirs[d], n, x, out)
         for x in weights:
             self._follows(x, dims)
-        if name in COPIES:
+        if name in kinds.COPIES:
             self._view(others[0], out, dims)
         else:
             self._put(out, dims)
@@ -269,33 +140,18 @@ class Flow(private.DispatchMode):
         """The dim of a result, of two activations that differ in it."""
         found, around = self._pairs(a, b, size, out), self._labels(x)
         for _, mine, theirs in found:
-            if name in SUMS:
+            if name in kinds.SUMS:
                 # Branches meet again: what flows on is whole.
-                self._event("gather", mine, _bytes(out), around)
-                self._event("gather", theirs, _bytes(out), around)
+                self._event("gather", mine, bytes_of(out), around)
+                self._event("gather", theirs, bytes_of(out), around)
             elif mine != theirs:
-                sizes = _bytes(out), _bytes(x)
+                sizes = bytes_of(out), bytes_of(x)
                 self._met_in(mine, theirs, sizes, (around, around))
-        return PLAIN if name in SUMS else factors.dim_of(found)
+        return PLAIN if name in kinds.SUMS else factors.dim_of(found)
 
     def _met_in(self, mine, theirs, sizes, around):
         size, more = sizes
         self._event("meet", mine, size, around[0], theirs, more, around[1])
-
-    def _aligned(self, x, out):
-        first = out.ndim - x.ndim
-        dims = [PLAIN] * first + list(self.dims(x))
-        return [
-            PLAIN if d >= first and x.shape[d - first] == 1 else dim
-            for d, dim in enumerate(dims)
-        ]
-
-    def _follows(self, weight, dims):
-        first = len(dims) - weight.ndim
-        for d, mine in enumerate(self.dims(weight)):
-            for label in factors.labels_of(mine):
-                met = factors.labels_of(dims[first + d])
-                self.follows.setdefault(label, set()).add(met)
 
     def _product(self, a, b, out):
         """(..., m, k) times (..., k, n)."""
@@ -308,7 +164,7 @@ class Flow(private.DispatchMode):
             for _, mine, theirs in found:
                 if mine != theirs and self._both_known(a, b):
                     around = self._labels(a), self._labels(b)
-                    sizes = _bytes(a), _bytes(b)
+                    sizes = bytes_of(a), bytes_of(b)
                     self._met_in(mine, theirs, sizes, around)
             dims[d] = factors.dim_of(found)
         if id(a) in self._weights:
@@ -316,26 +172,23 @@ class Flow(private.DispatchMode):
             left, right = right, left
             left = [*left[:-2], left[-1], left[-2]]
             right = [*right[:-2], right[-1], right[-2]]
-        around = _labels_of(dims)
+        around = labels_of_dims(dims)
         self._contracted(a, left[-1], right[-2], b.shape[-2], out, around)
         if id(b) in self._weights:
             self._column(a, left[-1], right[-1])
         self._put(out, dims)
 
-    def _both_known(self, a, b):
-        return self.dims(a) is not None and self.dims(b) is not None
-
     def _contracted(self, x, left, right, size, out, around):
         """A sum over a dim that activations and a weight have."""
         # What hangs on no weight has no gradient to gather.
-        more = 0 if self.dims(x) is None else _bytes(x)
+        more = 0 if self.dims(x) is None else bytes_of(x)
         sizes = [n for n, _ in left or right]
-        size = size if not sizes else _product_of(sizes)
+        size = size if not sizes else math.prod(sizes)
         for _, mine, theirs in self._pairs(left, right, size, out):
             self._event(
                 "contract",
                 mine,
-                _bytes(out),
+                bytes_of(out),
                 around,
                 theirs,
                 more,
@@ -353,7 +206,7 @@ class Flow(private.DispatchMode):
                 self._event(
                     "column",
                     labels,
-                    _bytes(x),
+                    bytes_of(x),
                     self._labels(x),
                     inner,
                     origin=origin,
@@ -362,7 +215,7 @@ class Flow(private.DispatchMode):
     def _lookup(self, table, out):
         rows, width = self.dims(table)
         around = factors.labels_of(width)
-        self._event("sum", factors.labels_of(rows), _bytes(out), around)
+        self._event("sum", factors.labels_of(rows), bytes_of(out), around)
         self._put(out, [PLAIN] * (out.ndim - 1) + [width])
 
     def _convolution(self, args, out):
@@ -402,7 +255,7 @@ class Flow(private.DispatchMode):
         if name in ("sum", "mean"):
             for d in dims:
                 labels = factors.labels_of(self.dims(x)[d])
-                self._event("sum", labels, _bytes(out), _labels_of(held))
+                self._event("sum", labels, bytes_of(out), labels_of_dims(held))
         else:
             self._end(x, dims)
         if out.ndim < x.ndim:
@@ -410,7 +263,7 @@ class Flow(private.DispatchMode):
         self._put(out, held)
 
     def _along(self, name, x, args, kwargs, outputs):
-        place = ALONG[name]
+        place = kinds.ALONG[name]
         dims = args[place] if len(args) > place else kwargs.get("dim", 0)
         dims = [dims] if isinstance(dims, int) else dims
         if name == "slice" and outputs[0].shape == x.shape:
@@ -419,7 +272,7 @@ class Flow(private.DispatchMode):
         dims = [d % x.ndim for d in dims]
         self._end(x, dims)
         held = self._without(x, dims)
-        if name in REMOVE:
+        if name in kinds.REMOVE:
             del held[dims[0]]
         for out in outputs:
             self._put(out, held)
@@ -444,35 +297,3 @@ class Flow(private.DispatchMode):
                 if d != dim and held[d] != mine[d]:
                     held[d] = self._met("", held[d], mine[d], n, x, x)
         self._put(out, held)
-
-
-def tensors_in(values):
-    """The tensors of nested lists and tuples."""
-    found = []
-    for x in values:
-        if isinstance(x, torch.Tensor):
-            found.append(x)
-        elif isinstance(x, (list, tuple)):
-            found += tensors_in(x)
-    return found
-
-
-def _labels_of(dims):
-    return NOTHING.union(*map(factors.labels_of, dims))
-
-
-def _bytes(x):
-    return x.numel() * x.element_size()
-
-
-def _size(x, out, dim):
-    """The size of `x` where a result has `dim`, 1 where it lacks it."""
-    dim -= out.ndim - x.ndim
-    return x.shape[dim] if dim >= 0 else 1
-
-
-def _product_of(sizes):
-    product = 1
-    for n in sizes:
-        product *= n
-    return product
