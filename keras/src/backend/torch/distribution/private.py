@@ -130,6 +130,12 @@ def local_tensor(x):
         return x.to_local()
 
 
+def storage_key(storage):
+    """What tells a storage from others as long as it lives: each time that it
+    is asked for, torch makes another Python object of it."""
+    return storage._cdata
+
+
 def join_fake_group(world_size, rank):
     """Makes this process one of a group whose others are not there. torch's
     own tests do it so."""

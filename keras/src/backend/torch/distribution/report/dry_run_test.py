@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 import keras
 from keras import layers
-from keras.src.backend.torch.distribution.report.recorder import Memory
+from keras.src.backend.torch.distribution.report.memory import Memory
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,6 @@ and to no layer's before, bears its path.
 """
 
 import contextlib
-import sys
-import weakref
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -19,33 +17,18 @@ from keras.src.backend.torch.distribution.global_rows.carrier import (
     GlobalTensor,
 )
 from keras.src.backend.torch.distribution.global_rows.carrier import local_of
-from keras.src.backend.torch.distribution.gradients import reducer
 from keras.src.backend.torch.distribution.layers import execution
-from keras.src.backend.torch.distribution.mesh import context as context_lib
 from keras.src.backend.torch.distribution.mesh import rows
 from keras.src.backend.torch.distribution.modes import modes
 from keras.src.backend.torch.distribution.modes import swapped
 from keras.src.backend.torch.distribution.report import collectives
-from keras.src.backend.torch.distribution.training import logs
-from keras.src.backend.torch.distribution.variables import in_flight
+from keras.src.backend.torch.distribution.report import reasons
+from keras.src.backend.torch.distribution.report.memory import Memory
+from keras.src.backend.torch.distribution.report.memory import tensors_of
 from keras.src.optimizers.base_optimizer import BaseOptimizer
 
 LAYER = "keras_layer"  # in a node's metadata
 
-# What is communicated for: activations of a layer, weights that the data axis
-# cuts and their gradients, other gradients, and what is none of these.
-ACTIVATIONS, WEIGHTS, GRADIENTS, OTHERS = (
-    "activations",
-    "weights",
-    "gradients",
-    "others",
-)
-FILES = {
-    in_flight.__file__: WEIGHTS,
-    reducer.__file__: GRADIENTS,
-    reducer.__file__.replace("reducer.py", "buckets.py"): GRADIENTS,
-    logs.__file__: OTHERS,
-}
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 # The recorder that writes down, of those that are open: the innermost.
@@ -147,7 +130,7 @@ class Recorder:
                 return
         self.model, self.rows, self.inputs = layer, None, None
         current = rows.get_current_rows()
-        inputs = [x for x in _tensors((args, kwargs)) if x.ndim]
+        inputs = [x for x in tensors_of((args, kwargs)) if x.ndim]
         if current is not None:
             self.rows = sum(current.counts)
         elif inputs and (context.data_size == 1 or _is_global(inputs[0])):
@@ -162,7 +145,7 @@ class Recorder:
         return torch.empty(shape, dtype=x.dtype, device="meta")
 
     def record(self, call):
-        kind, part = _reason()
+        kind, part = reasons.reason()
         layer = modes.layer and modes.layer.path
         direction = self._phase or FORWARD
         if private.is_in_backward():
@@ -173,11 +156,11 @@ class Recorder:
         if part is not None:
             path = self._paths.get(id(part.weight))
             layer = layer if path is None else path.rpartition("/")[0]
-        if kind in (GRADIENTS, OTHERS):
+        if kind in (reasons.GRADIENTS, reasons.OTHERS):
             layer = None
         elif kind is None:
-            kind = OTHERS if layer is None else ACTIVATIONS
-        size, axes = _axes_of(call.group)
+            kind = reasons.OTHERS if layer is None else reasons.ACTIVATIONS
+        size, axes = reasons.axes_of(call.group)
         self.steps[-1].append(
             {
                 "op": call.op,
@@ -193,66 +176,19 @@ class Recorder:
         )
 
 
-def _tensors(values):
-    """The tensors of nested lists, tuples and dicts. (Keras's `tree` leaves
-    cycles behind, which would keep them.)"""
-    found, todo = [], [values]
-    while todo:
-        x = todo.pop()
-        if isinstance(x, (torch.Tensor, GlobalTensor)):
-            found.append(x)
-        elif isinstance(x, dict):
-            todo.extend(x.values())
-        elif isinstance(x, (list, tuple)):
-            todo.extend(x)
-    return found[::-1]
-
-
 def _is_global(x):
     return type(x) is GlobalTensor
 
 
 def _mark(outputs, path):
     """Writes a layer's path on the nodes that lead to its outputs."""
-    nodes = [getattr(local_of(x), "grad_fn", None) for x in _tensors(outputs)]
+    nodes = [getattr(local_of(x), "grad_fn", None) for x in tensors_of(outputs)]
     while nodes:
         node = nodes.pop()
         if node is None or LAYER in node.metadata:
             continue
         node.metadata[LAYER] = path
         nodes += [following for following, _ in node.next_functions]
-
-
-def _reason():
-    """What this project communicates for, and the first of the weights."""
-    frame = sys._getframe(3)
-    for _ in range(40):
-        if frame is None:
-            break
-        kind = FILES.get(frame.f_code.co_filename)
-        if kind is WEIGHTS and "self" not in frame.f_locals:
-            frame = frame.f_back
-            continue
-        if kind is not None:
-            what = frame.f_locals.get("self")
-            parts = getattr(what, "parts", getattr(what, "_parts", None))
-            return kind, parts[0] if kind is WEIGHTS and parts else None
-        frame = frame.f_back
-    return None, None
-
-
-def _axes_of(name):
-    """The size of a process group, and the names of its mesh axes."""
-    size = private.group_of(name).size()
-    context = context_lib.current()
-    if context is None:
-        return size, "all"
-    if context.data_axes and context.data_group.group_name == name:
-        return size, ", ".join(context.axis_names[i] for i in context.data_axes)
-    for axis, axis_name in enumerate(context.axis_names):
-        if context.mesh.get_group(axis).group_name == name:
-            return size, axis_name
-    return size, "all"
 
 
 class _Mode(private.DispatchMode):
@@ -275,61 +211,3 @@ class _Mode(private.DispatchMode):
         if memory is not None:
             memory.see(result, args, kwargs)
         return result
-
-
-class Memory:
-    """The memory of tensors that operators have made, from here on.
-
-    Attributes:
-        live, peak: ints, bytes now, and the most.
-    """
-
-    def __init__(self):
-        self.live = self.peak = 0
-        self._sizes, self._references, self._last = {}, {}, []
-
-    def reset_peak(self):
-        self.peak = self.live
-
-    def before(self):
-        """To be called before an operator: what was resized since the last
-        one has its size by now."""
-        for reference in self._last:
-            memory = reference()
-            if memory is not None:
-                self._set(memory._cdata, memory.nbytes())
-        self._last = []
-        self.peak = max(self.peak, self.live)
-
-    def see(self, result, args, kwargs):
-        """To be called with what an operator returns, and was handed."""
-        # What was there before is written into, or viewed.
-        there = {memory._cdata for memory in _memories((args, kwargs))}
-        for memory in _memories(result):
-            if memory._cdata in self._references or memory._cdata not in there:
-                self._see(memory)
-
-    def _see(self, memory):
-        key = memory._cdata
-        if key not in self._references:
-
-            def freed(_, key=key):
-                self._set(key, 0)
-                self._sizes.pop(key, None)
-                self._references.pop(key, None)
-
-            self._references[key] = weakref.ref(memory, freed)
-        self._last.append(self._references[key])
-        self._set(key, memory.nbytes())
-
-    def _set(self, key, size):
-        self.live += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
-
-
-def _memories(values):
-    return [
-        x.untyped_storage()
-        for x in _tensors(values)
-        if x.layout is torch.strided
-    ]
