@@ -8,6 +8,12 @@ and Adam's slots. Each variant gets fresh processes. Printed is how much the
 resident memory of process 0 grew over what it was before the model was made:
 after two steps, and at the peak of the two that follow. What is freed goes
 back to the system at once (`MALLOC_MMAP_THRESHOLD_`), so that resident is live.
+
+"first" is what a model of 16 x 16, trained so before, has taken, which no
+tensor does: code that is read from the disk, threads and buffers of gloo,
+Python's objects. "of tensors" is the growth of the peak over that, with what
+malloc keeps and Python's objects of this model, and "report" what
+`keras.distribution.report` tells of the peak.
 """
 
 import argparse
@@ -60,7 +66,16 @@ def main():
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
         os.environ[name] = "65536"
     report.print_environment(report.environment(options.processes))
-    report.print_head("", "variant", "between steps", "peak", "loss")
+    report.print_head(
+        "",
+        "variant",
+        "between steps",
+        "peak",
+        "first",
+        "of tensors",
+        "report",
+        "loss",
+    )
     sizes = options.layers, options.width, options.batch
     for key, title in VARIANTS.items():
         if options.only and key not in options.only:
@@ -70,15 +85,22 @@ def main():
             (facts,) = launch(
                 worker, (key, *sizes), processes, options.patience
             )
+            told = None
+            if key in LAYOUTS:
+                arguments = (key, *sizes, processes)
+                (told,) = launch(predict, arguments, 1, options.patience)
         except ProcessError as error:
             report.print_row(key, title, f"FAILED {error}")
             continue
-        between, peak, loss = facts
+        between, peak, first, of_tensors, loss = facts
         report.print_row(
             key,
             title,
             f"{between / report.MIB:.0f}",
             f"{peak / report.MIB:.0f}",
+            "" if first is None else f"{first / report.MIB:.1f}",
+            "" if first is None else f"{of_tensors / report.MIB:.2f}",
+            "" if told is None else f"{told / report.MIB:.2f}",
             f"{loss:.6f}",
         )
 
@@ -96,11 +118,19 @@ def worker(rank, report, key, layers, width, batch):
     nn.Linear(8, 8)(x[:, :8]).sum().backward()
     dist.all_reduce(torch.ones(1))
     gc.collect()
-    before = storage.resident_bytes()
+    before, first = storage.resident_bytes(), None
     if key == "fully_shard":
         step = torch_step(layers, width, x, y)
     else:
-        step = keras_step(keras, key, layers, width, x, y)
+        if key != "one":
+            set_distribution(keras, key)
+        small = keras_step(keras, 2, 16, x[:, :16], y[:, :16])
+        for _ in range(4):
+            small()
+        del small
+        gc.collect()
+        first = storage.resident_bytes() - before
+        step = keras_step(keras, layers, width, x, y)
     step()
     step()
     gc.collect()
@@ -111,7 +141,7 @@ def worker(rank, report, key, layers, width, batch):
     loss = step()
     peak = storage.peak_resident_bytes() - before
     if rank == 0:
-        report((between, peak, loss))
+        report((between, peak, first, peak - (first or 0), loss))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -122,23 +152,44 @@ def weight(index, width):
     return torch.randn(width, width, generator=generator) * (2 / width) ** 0.5
 
 
-def keras_step(keras, key, layers, width, x, y):
-    if key != "one":
-        keras.distribution.initialize()
-        devices = keras.distribution.list_devices()
-        shape, names = (len(devices),), ["data"]
-        if key == "tensor":
-            shape, names = (1, len(devices)), ["data", "model"]
-        mesh = keras.distribution.DeviceMesh(shape, names, devices)
-        layouts = keras.distribution.LayoutMap(mesh)
-        for path, axes in LAYOUTS[key].items():
-            layouts[path] = axes
-        distribution = keras.distribution.ModelParallel(
-            layout_map=layouts, batch_dim_name="data"
-        )
-        if key == "kept":
-            distribution.reshard_after_forward = False
-        keras.distribution.set_distribution(distribution)
+def predict(rank, report, key, layers, width, batch, processes):
+    """Bytes at the peak, as a report tells them."""
+    import keras
+
+    torch.set_num_threads(1)
+    devices = [f"cpu:{i}" for i in range(processes)]
+    facts = keras.distribution.report(
+        lambda: keras_model(keras, layers, width),
+        batch,
+        distribution=distribution_of(keras, key, devices),
+    ).facts
+    weights = sum(v["stored"] for v in facts["variables"])
+    report(weights + facts["slots"]["stored"] + facts["peak"])
+
+
+def set_distribution(keras, key):
+    keras.distribution.initialize()
+    devices = keras.distribution.list_devices()
+    keras.distribution.set_distribution(distribution_of(keras, key, devices))
+
+
+def distribution_of(keras, key, devices):
+    shape, names = (len(devices),), ["data"]
+    if key == "tensor":
+        shape, names = (1, len(devices)), ["data", "model"]
+    mesh = keras.distribution.DeviceMesh(shape, names, devices)
+    layouts = keras.distribution.LayoutMap(mesh)
+    for path, axes in LAYOUTS[key].items():
+        layouts[path] = axes
+    distribution = keras.distribution.ModelParallel(
+        layout_map=layouts, batch_dim_name="data"
+    )
+    if key == "kept":
+        distribution.reshard_after_forward = False
+    return distribution
+
+
+def keras_model(keras, layers, width):
     model = keras.Sequential([keras.Input((width,))])
     for index in range(layers):
         last = index == layers - 1
@@ -154,6 +205,11 @@ def keras_step(keras, key, layers, width, x, y):
     model.compile(
         optimizer=keras.optimizers.Adam(1e-5, epsilon=1e-10), loss="mse"
     )
+    return model
+
+
+def keras_step(keras, layers, width, x, y):
+    model = keras_model(keras, layers, width)
     x, y = x.numpy(), y.numpy()
     return lambda: model.fit(
         x, y, batch_size=len(x), shuffle=False, verbose=0

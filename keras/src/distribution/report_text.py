@@ -133,8 +133,9 @@ def _memory(facts, limit):
     if facts.get("peak") is not None:
         peak = here[0] + here[2] + facts["peak"]
         lines.append(
-            f"  at the peak of a step: {size_of(peak)}, with gradients, "
-            "activations and what is gathered"
+            f"  at the peak of a step: {size_of(peak)} of tensors, with "
+            "gradients, activations and what is gathered; not of code and "
+            "Python"
         )
     sizes = [
         n
