@@ -119,6 +119,10 @@ def test_summary():
     assert "y/output" not in text
     assert Report.from_json(Report(facts()).to_json()).facts == facts()
     assert Report(facts()).totals["all_reduce"] == [4, 4096]
+    first = collective("all_reduce", "block/query", "forward", 1024)
+    listed = [first, *facts()["collectives"]]
+    text = str(Report(facts(collectives=listed)))
+    assert "3 all-reduce model 3.0 KiB" in text and "block/query" not in text
     text = str(Report(facts(collectives=[], steady=False)))
     assert "a step communicates nothing" in text and "advice" not in text
 

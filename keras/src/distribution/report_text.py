@@ -170,9 +170,7 @@ def _saving(variable, mesh):
 
 
 def _step(facts, limit):
-    groups = collections.defaultdict(list)
-    for c in facts["collectives"]:
-        groups[group_of(c)].append(c)
+    groups = _groups(facts["collectives"])
     size = {g: sum(c["bytes"] for c in cs) for g, cs in groups.items()}
     ordered = sorted(groups, key=lambda g: -size[g])
     rows = [("a step hands to collectives, for", "forward", "backward")]
@@ -196,6 +194,18 @@ def _step(facts, limit):
     if not facts["steady"]:
         line += " (no two steps were alike: of the last one)"
     return [*table(rows, "<"), line]
+
+
+def _groups(collective_list):
+    """Dict from names of groups to their collectives. Keras numbers no first
+    layer of a class: `dense` is one of `dense_*`."""
+    alike, names = collections.defaultdict(list), {}
+    for c in collective_list:
+        name = group_of(c)
+        key = re.sub(r"_?\*", "", name)
+        names[key] = max(names.get(key, ""), name, key=len)
+        alike[key].append(c)
+    return {names[key]: found for key, found in alike.items()}
 
 
 def _directions(collective_list):
