@@ -52,6 +52,15 @@ def run(options, processes):
     own = seen.distribution
     if len(own.device_mesh.shape) == len(shape) or not options.mesh:
         mesh, batch = own.device_mesh, own.batch_axis_names
+    sizes = dict(zip(mesh.axis_names, map(int, mesh.shape)))
+    if options.budget is None and all(
+        n in batch or size == 1 for n, size in sizes.items()
+    ):
+        raise report_lib.Nothing(
+            f"All axes of the mesh {sizes} split batches or have one process, "
+            "so none cuts weights. Pass --mesh 2,4 for one that does, or "
+            "--budget for weights to be cut by the data axis (FSDP)."
+        )
     with warnings.catch_warnings():
         # Its text says it too.
         warnings.filterwarnings("ignore", "LayoutMap.auto")

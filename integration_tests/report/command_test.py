@@ -147,6 +147,8 @@ def test_nothing_to_report(run):
     status, said = run("fails", "--processes", "2", "--auto")
     assert status == 2 and "ValueError: no data" in said
     assert "runpy" not in said
+    status, said = run("alone", "--mesh", "4,1", "--auto")
+    assert status == 2 and "so none cuts weights. Pass --mesh" in said
     status, said = run("predicts", "--processes", "2", "--auto")
     assert status == 2 and "made no update by Keras's optimizers" in said
     status, said = run("fit", "--mesh", "2,2,2")
