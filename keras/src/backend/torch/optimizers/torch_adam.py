@@ -35,7 +35,7 @@ class Adam(upstream.Adam):
             return
         dtype = values[0].dtype
         # As Keras's, in torch's own functions: they are called each step.
-        step = (self.iterations.value + 1).to(dtype)
+        step = (convert_to_tensor(self.iterations) + 1).to(dtype)
         beta_1_power = torch.pow(_number(self.beta_1), step)
         beta_2_power = torch.pow(_number(self.beta_2), step)
         rate = convert_to_tensor(learning_rate, dtype)

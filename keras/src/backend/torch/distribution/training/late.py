@@ -17,6 +17,7 @@ import dataclasses
 from keras.src import callbacks
 from keras.src.backend.torch.distribution import marks
 from keras.src.backend.torch.distribution import modes
+from keras.src.backend.torch.distribution.mesh import process_group
 from keras.src.backend.torch.distribution.training import metric_states
 
 
@@ -99,6 +100,7 @@ def in_loop(model, arguments):
         model: that is trained or evaluated.
         arguments: dict, of `fit` or `evaluate`.
     """
+    process_group.before_leaving(_leave)
     before = vars(model).get(marks.LOOP)
     # A list of the program's own may keep them. That of `fit` comes with its
     # evaluations.
@@ -109,6 +111,15 @@ def in_loop(model, arguments):
         yield
     finally:
         model.__dict__[marks.LOOP] = before
+
+
+def _leave():
+    """Lets go of what a step has left under way where an exception ends the
+    program: nobody waits for it, and it keeps the process group."""
+    settle = modes.modes.settle
+    if settle is not None:
+        modes.settle_before_reads(None)
+        settle.__self__.reduction.abandon()
 
 
 def may_wait(model, states):

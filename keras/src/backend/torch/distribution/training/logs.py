@@ -58,6 +58,10 @@ class Reduction:
         what metrics held after this one."""
         self._write = self._sums = None
 
+    def abandon(self):
+        """Lets go of what is under way."""
+        self._adding_up = self._write = None
+
 
 def reduce_logs(metrics, states, logs, flags, context, are_results=False):
     """Global logs from local ones, and sums of flags over processes.
