@@ -7,6 +7,7 @@ and to no layer's before, bears its path.
 """
 
 import contextlib
+import gc
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -65,6 +66,11 @@ class Recorder:
     def __enter__(self):
         self._stack.callback(_recording.__setitem__, 0, _recording[0])
         _recording[0] = self
+        # Keras's `tree` leaves cycles that keep tensors: what is live must not
+        # depend on when they are looked for.
+        if gc.isenabled():
+            gc.disable()
+            self._stack.callback(gc.enable)
         self._stack.enter_context(_Mode(self))
         self._stack.enter_context(self._layers())
         self._stack.enter_context(self._updates())
@@ -75,6 +81,7 @@ class Recorder:
 
     def cut(self):
         """Ends a step, and begins another."""
+        gc.collect()
         self.steps.append([])
         if self.memory is not None:
             self.peak = self.memory.peak
