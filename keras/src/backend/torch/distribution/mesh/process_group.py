@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import gc
 import logging
 import multiprocessing
 import os
@@ -406,6 +407,9 @@ def _leave(group):
     if failed:
         # A group that a frame keeps does not end, and the others wait on.
         failures.forget_frames(sys.last_value)
+    # A cycle, as Keras's `tree` leaves them behind, may keep a graph of
+    # autograd's, and with it work of a group.
+    gc.collect()
     if is_running() and dist.group.WORLD is group():
         if failed and "nccl" in dist.get_backend_config():
             private.abort_groups()
