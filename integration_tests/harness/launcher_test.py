@@ -107,29 +107,30 @@ MEETING_CASES = """
     HERE = pathlib.Path(__file__).parent
 
 
+    def meet(mine, theirs):
+        (HERE / mine).touch()
+        while not (HERE / theirs).exists():
+            time.sleep(0.05)
+
+
     @pytest.mark.limit(30)
     @pytest.mark.world(1, 2)
     def test_meets(world_size):
-        (HERE / f"from {world_size}").touch()
-        while not (HERE / f"from {3 - world_size}").exists():
-            time.sleep(0.05)
+        meet(f"from {world_size}", f"from {3 - world_size}")
+
+
+    # In one set of processes it would wait for what comes after it.
+    @pytest.mark.limit(30)
+    @pytest.mark.world(1, 2)
+    def test_meets_what_is_apart(world_size):
+        meet(f"among others {world_size}", f"apart {world_size}")
 
 
     @pytest.mark.limit(30)
     @pytest.mark.apart
     @pytest.mark.world(1, 2)
     def test_apart(world_size):
-        (HERE / f"apart {world_size}").touch()
-        while not (HERE / f"from {world_size}").exists():
-            time.sleep(0.05)
-
-
-    @pytest.mark.limit(30)
-    @pytest.mark.world(2)
-    def test_waits_for_what_is_apart():
-        (HERE / "from 1").touch()
-        while not (HERE / "apart 2").exists():
-            time.sleep(0.05)
+        meet(f"apart {world_size}", f"among others {world_size}")
 """
 
 STOPPED_CASES = """
@@ -333,7 +334,7 @@ def test_no_process_is_left(output, folder):
 
 def test_world_sizes_run_at_once(tmp_path):
     output = run_cases(tmp_path, MEETING_CASES)
-    assert "5 passed" in output
+    assert "6 passed" in output
 
 
 def test_what_runs_ahead_ends_with_pytest(tmp_path):

@@ -143,8 +143,11 @@ def _of_batches(name):
 
 def _agreeing(name):
     """A method of the list in which all processes fail and stop together."""
-    own = _of_batches(name) if name in OFTEN else None
-    released = own or getattr(upstream.CallbackList, name)
+    released = (
+        _of_batches(name)
+        if name in OFTEN
+        else getattr(upstream.CallbackList, name)
+    )
 
     @functools.wraps(released)
     def method(self, *args, **kwargs):

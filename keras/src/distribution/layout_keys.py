@@ -7,7 +7,7 @@ NUMBERS = r"(?:_?\d+)+"
 
 def pattern_of(path):
     """A regular expression of a path, whatever numbers it has."""
-    return re.sub(r"\d+", r"\\d+", re.escape(path).replace(r"\-", "-"))
+    return re.sub(r"\d+", r"\\d+", _escaped(path))
 
 
 def without_numbers(path):

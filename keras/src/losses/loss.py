@@ -59,9 +59,8 @@ def reduce_values(values, sample_weight=None, reduction="sum_over_batch_size"):
 def _reduce(values, sample_weight, reduction):
     """As Keras's, which makes a tensor of the number of values, and asks it
     whether it is zero: on a GPU the host waits for that."""
-    is_mean = reduction in MEANS[:2]
-    if reduction == MEANS[2] and sample_weight is None:
-        is_mean = True
+    has_weights = reduction == MEANS[2] and sample_weight is not None
+    is_mean = reduction in MEANS and not has_weights
     if is_mean and backend.backend() != "tensorflow":
         sizes = tuple(values.shape)
         if (

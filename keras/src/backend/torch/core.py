@@ -32,7 +32,6 @@ from keras.src.backend.torch.distribution.variables import unshard
 
 __all__ = [
     "Variable",
-    "cast",
     "convert_to_numpy",
     "convert_to_tensor",
     "remat",
@@ -324,15 +323,6 @@ def to_torch_dtype(dtype):
     if found is None:
         found = _dtypes[dtype] = released_to_torch_dtype(dtype)
     return found
-
-
-def cast(x, dtype):
-    dtype = to_torch_dtype(dtype)
-    if isinstance(x, released_variable):
-        x = x.value
-    if isinstance(x, torch.Tensor):
-        return x if x.dtype == dtype else x.to(dtype)
-    return convert_to_tensor(x, dtype)
 
 
 def convert_to_numpy(x):

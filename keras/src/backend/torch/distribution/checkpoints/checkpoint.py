@@ -29,7 +29,7 @@ ARRAYS = "arrays"
 def latest(directory):
     """The newest checkpoint of a directory, None without one. Waits for what
     this process has left under way."""
-    saving.end_left()
+    saving.end_left(directory)
     return folders.latest(directory)
 
 
@@ -150,7 +150,7 @@ def restore(model, path, weights_only=False):
         ValueError: if it is of another model.
     """
     with own_distribution(model), saving.work(f"looking into {path}"):
-        saving.end_left()
+        saving.end_left(path)
     with own_distribution(model), saving.work(f"restoring from {path}"):
         _check_built(model, "restored")
         reader = reading.ShardReader(path)

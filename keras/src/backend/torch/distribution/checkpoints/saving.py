@@ -10,6 +10,7 @@ the next save, or when they wait.
 import datetime
 import json
 import os
+import pathlib
 import secrets
 import sys
 import threading
@@ -25,6 +26,7 @@ from keras.src.backend.torch.distribution.checkpoints import reading
 from keras.src.backend.torch.distribution.checkpoints import shard_file
 from keras.src.backend.torch.distribution.mesh import together
 from keras.src.backend.torch.distribution.mesh.context import current
+from keras.src.backend.torch.distribution.mesh.context import logger
 
 KEY = "keras_checkpoint/{}/{}"
 # Seconds between two looks of the first process at who is done, and that it
@@ -144,18 +146,32 @@ class _Thread(threading.Thread):
         self.writing = writing
 
 
-def end_left():
+def end_left(path):
     """Lets this process finish what an exception has left under way: it will
     be the newest checkpoint, and removes the oldest.
 
     Waits for the disk, and for some time for other processes, which may have
     left as well.
+
+    Args:
+        path: path-like, of a directory of checkpoints, or of one in it.
     """
+    path = pathlib.Path(os.path.abspath(path))
     for thread in threading.enumerate():
-        if isinstance(thread, _Thread):
-            thread.join(LAST)
-            thread.writing.stop()
-            thread.join()
+        if not isinstance(thread, _Thread):
+            continue
+        writing = thread.writing
+        if writing.folder.parent not in (path, path.parent):
+            continue
+        writing.written.wait()
+        thread.join(LAST)
+        if thread.is_alive():
+            logger.warning(
+                "A checkpoint in %s has been begun, and other processes have "
+                "not written their parts of it for %s s: it is left out.",
+                writing.folder.parent,
+                LAST,
+            )
 
 
 class _Writing:

@@ -113,8 +113,7 @@ def adding_up(flags):
     work = dist.all_reduce(sums, async_op=True)
 
     def wait():
-        if work is not None:
-            work.wait()
+        work.wait()
         return sums.tolist()
 
     return wait

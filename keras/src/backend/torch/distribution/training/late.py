@@ -2,8 +2,8 @@
 
 A step of Keras's own, in Keras's own loop, has nobody who reads its logs but
 callbacks, and on most processes there are none that do. To wait for them is to
-wait for the slowest process once more a step; with steps of some milliseconds
-that is a third of the time. So the reduction stays under way, and
+wait for the slowest process once more a step. So the reduction stays under way,
+and
 
 - its numbers are waited for by who reads them: a callback's logs, or a variable
   that a program reads between two steps, as a metric's may be (`settle`);

@@ -202,8 +202,7 @@ def _adding_up(flags, **parts):
     adding_up_flags = None if is_on_host else adding_up(flags)
 
     def wait():
-        if work is not None:
-            work.wait()
+        work.wait()
         sums = iter(state.split([value.numel() for value in values]))
         found = {
             name: [next(sums) for _ in part] for name, part in parts.items()
